@@ -1,0 +1,1 @@
+"""Device <-> host <-> storage: capture, chunk pipelines, arrays made from host bytes."""

@@ -1,0 +1,75 @@
+"""Device -> host: the parts of each array that this process writes, as host views that training cannot change.
+
+On CPU no byte is copied: ``np.asarray`` of a shard is a view that holds a reference on the XLA buffer, and XLA refuses
+to reuse a donated buffer while such a reference lives (it copies instead), so the view keeps its bytes whatever the
+caller does with the array. On accelerators the copies of all shards are started before the first is awaited.
+Host (numpy) arrays may be written by their owner at any time, so they are copied when ``frozen`` is asked for.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jaxckpt.core.box import Box, intersect
+from jaxckpt.plan.save import SavePlan
+from jaxckpt.plan.shards import device_boxes
+
+
+class Piece(NamedTuple):
+    """A box of an array and its bytes on the host."""
+
+    box: Box
+    data: np.ndarray
+
+
+def capture(arrays: Sequence[Any], plan: SavePlan, *, frozen: bool) -> list[list[Piece]]:
+    """Host pieces that cover this process's chunks of each array.
+
+    Args:
+        arrays: jax or numpy arrays, in the order of the plan.
+        plan: what this process writes.
+        frozen: copy numpy arrays, so that the caller may change them afterwards.
+    """
+    shards = [_shards(array, plan, i) if len(plan.mine[i]) else [] for i, array in enumerate(arrays)]
+    for pieces in shards:
+        for _, data in pieces:
+            if isinstance(data, jax.Array) and not _on_cpu(data):
+                data.copy_to_host_async()
+    return [[Piece(box, _host(data, frozen)) for box, data in pieces] for pieces in shards]
+
+
+def _shards(array: Any, plan: SavePlan, index: int) -> list[tuple[Box, Any]]:
+    """The distinct local shards that this process's chunks touch."""
+    if not isinstance(array, jax.Array):
+        return [(Box((0,) * array.ndim, array.shape), array)]
+    if len(array.sharding.device_set) == 1:
+        return [(Box((0,) * array.ndim, array.shape), array)]
+    boxes = list(device_boxes(array.sharding, array.shape).values())
+    wanted = _span(plan, index, array.shape)
+    found: dict[Box, Any] = {}
+    for k, box in enumerate(boxes):
+        if box not in found and intersect(box, wanted) is not None:
+            found[box] = array.addressable_data(k)
+    return list(found.items())
+
+
+def _span(plan: SavePlan, index: int, shape: tuple[int, ...]) -> Box:
+    """The smallest box around this process's chunks."""
+    if not shape:
+        return Box((), ())
+    chunk, places = plan.chunks[index], np.unravel_index(plan.mine[index], plan.grids[index])
+    start = tuple(int(p.min()) * c for p, c in zip(places, chunk, strict=True))
+    stop = tuple(min((int(p.max()) + 1) * c, n) for p, c, n in zip(places, chunk, shape, strict=True))
+    return Box(start, tuple(b - a for a, b in zip(start, stop, strict=True)))
+
+
+def _host(data: Any, frozen: bool) -> np.ndarray:
+    if isinstance(data, jax.Array):
+        return np.asarray(data)
+    return np.array(data, order="C") if frozen else np.ascontiguousarray(data).reshape(data.shape)
+
+
+def _on_cpu(array: jax.Array) -> bool:
+    return next(iter(array.sharding.device_set)).platform == "cpu"

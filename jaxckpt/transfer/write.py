@@ -1,0 +1,252 @@
+"""Host -> storage: assemble chunks, checksum them, append them to data files. One file per worker thread.
+
+A chunk that is contiguous in its shard is written from there, with no copy; any other is put together in a warm
+buffer first. Nothing else is staged, so the memory used is one arena buffer per worker.
+"""
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Protocol
+
+import google_crc32c
+import numpy as np
+
+from jaxckpt.core.box import Box, cell_box, contains, intersect
+from jaxckpt.core.dtypes import mover
+from jaxckpt.plan.save import SavePlan
+from jaxckpt.transfer.arena import ALIGNMENT, ARENA
+from jaxckpt.transfer.capture import Piece
+
+DIRECT_BYTES = 256 * 1024  # contiguous chunks from this size on are written from the shard itself
+BATCH_BYTES = 16 * 1024 * 1024  # work that a thread takes at a time
+
+
+class DataWriter(Protocol):
+    """Where a worker puts its bytes: see ``storage.store.AbstractDataWriter``."""
+
+    name: str
+
+    def append(self, data: np.ndarray) -> int: ...
+    def close(self) -> int: ...
+    def abort(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Written:
+    """Chunks written by this process: columns of leaf, grid index, file, offset, length and crc32c."""
+
+    files: tuple[str, ...]
+    leaf: np.ndarray
+    chunk: np.ndarray
+    file: np.ndarray
+    offset: np.ndarray
+    length: np.ndarray
+    crc32c: np.ndarray
+
+
+
+def write_chunks(
+    open_file: Callable[[], DataWriter],
+    plan: SavePlan,
+    pieces: list[list[Piece]],
+    *,
+    encoders: Sequence[Callable[[np.ndarray], bytes] | None],
+    threads: int,
+    file_bytes: int | None,
+) -> Written:
+    """Write this process's chunks and make them durable.
+
+    Args:
+        open_file: opens a new data file.
+        plan: chunk shapes, and the chunks of this process.
+        pieces: host bytes of each array; each list is emptied when its array is written, to free memory.
+        encoders: per array, a compressor of a chunk's bytes, or None to store them as they are.
+        threads: workers; each writes files of its own.
+        file_bytes: start another file at this size; None: never.
+    """
+    batches = iter(list(_batches(plan, pieces)))
+    lock = threading.Lock()
+    workers = [_Worker(open_file, plan, pieces, encoders, file_bytes) for _ in range(threads)]
+
+    def drain(worker: "_Worker") -> None:
+        while True:
+            with lock:
+                batch = next(batches, None)
+            if batch is None:
+                break
+            worker.write(batch)
+        worker.finish()
+
+    try:
+        if threads == 1:
+            drain(workers[0])
+        else:
+            with ThreadPoolExecutor(threads, thread_name_prefix="jaxckpt-write") as pool:
+                for done in [pool.submit(drain, worker) for worker in workers]:
+                    done.result()
+    except Exception:
+        for worker in workers:
+            worker.abort()
+        raise
+    return _merge(workers)
+
+
+class _Worker:
+    """One thread's data file, its write buffer and the rows it has produced."""
+
+    def __init__(self, open_file, plan, pieces, encoders, file_bytes) -> None:
+        self._open, self._plan, self._pieces, self._encoders, self._file_bytes = open_file, plan, pieces, encoders, file_bytes
+        self._file: DataWriter | None = None
+        self._end = 0  # bytes in the file and in the buffer
+        self.files: list[str] = []
+        self.rows: list[tuple[int, int, int, int, int, int]] = []
+
+    def write(self, batch: list[tuple[int, np.ndarray]]) -> None:
+        with ARENA.borrow(self._buffer_bytes(batch)) as buffer:
+            self._buffer, self._fill = buffer, 0
+            for leaf, chunks in batch:
+                self._leaf(leaf, chunks)
+            self._flush()
+
+    def finish(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def abort(self) -> None:
+        if self._file is not None:
+            self._file.abort()
+            self._file = None
+
+    def _buffer_bytes(self, batch: list[tuple[int, np.ndarray]]) -> int:
+        return max(_chunk_bytes(self._plan, self._pieces, leaf) for leaf, _ in batch) + 2 * ALIGNMENT
+
+    def _leaf(self, leaf: int, chunks: np.ndarray) -> None:
+        chunk, pieces, encode = self._plan.chunks[leaf], self._pieces[leaf], self._encoders[leaf]
+        dtype = mover(pieces[0].data.dtype)
+        sources = [piece.data.view(dtype) for piece in pieces]
+        recipe = _recipe(tuple(piece.box for piece in pieces), chunk, self._plan.grids[leaf], _shape(pieces))
+        size = int(np.prod(chunk, dtype=np.int64)) * dtype.itemsize
+        for index in chunks.tolist():
+            parts, padded = recipe(index)
+            if encode is None and size >= DIRECT_BYTES and len(parts) == 1 and not padded:
+                source = sources[parts[0][0]][parts[0][1]]
+                if source.flags.c_contiguous:
+                    self._direct(leaf, index, source.reshape(-1).view(np.uint8))
+                    continue
+            start = self._reserve(size)
+            raw = self._buffer[start : start + size]
+            target = raw.view(dtype).reshape(chunk)
+            if padded:
+                raw[:] = 0
+            for which, taken, placed in parts:
+                target[placed] = sources[which][taken]
+            if encode is None:
+                self._buffered(leaf, index, start, size)
+            else:
+                self._direct(leaf, index, np.frombuffer(encode(raw), np.uint8))
+
+    def _reserve(self, size: int) -> int:
+        if self._fill + size + 2 * ALIGNMENT > len(self._buffer):
+            self._flush()
+        return self._fill
+
+    def _buffered(self, leaf: int, index: int, start: int, size: int) -> None:
+        crc = google_crc32c.extend(0, self._buffer[start : start + size])
+        stop = start + size
+        self._buffer[stop : stop + 4] = np.frombuffer(crc.to_bytes(4, "little"), np.uint8)
+        self._row(leaf, index, size + 4, crc)
+        self._fill = -(-(stop + 4) // ALIGNMENT) * ALIGNMENT
+        self._end += self._fill - start
+
+    def _direct(self, leaf: int, index: int, data: np.ndarray) -> None:
+        self._flush()
+        crc = google_crc32c.extend(0, data)
+        self._row(leaf, index, len(data) + 4, crc)
+        file = self._current()
+        file.append(data)
+        tail = bytes(4 + -(len(data) + 4) % ALIGNMENT)
+        file.append(np.frombuffer(crc.to_bytes(4, "little") + tail[4:], np.uint8))
+        self._end += len(data) + len(tail)
+
+    def _row(self, leaf: int, index: int, length: int, crc: int) -> None:
+        self._current()
+        self.rows.append((leaf, index, len(self.files) - 1, self._end, length, crc))
+
+    def _flush(self) -> None:
+        if self._fill:
+            self._current().append(self._buffer[: self._fill])
+            self._fill = 0
+
+    def _current(self) -> DataWriter:
+        if self._file is not None and self._file_bytes is not None and self._fill == 0 and self._end >= self._file_bytes:
+            self.finish()
+        if self._file is None:
+            self._file, self._end = self._open(), 0
+            self.files.append(self._file.name)
+        return self._file
+
+
+def _batches(plan: SavePlan, pieces: list[list[Piece]]) -> Iterator[list[tuple[int, np.ndarray]]]:
+    """Pieces of work of about BATCH_BYTES, in leaf order."""
+    batch, size = [], 0
+    for leaf, chunks in enumerate(plan.mine):
+        if not len(chunks):
+            continue
+        each = _chunk_bytes(plan, pieces, leaf)
+        step = max(BATCH_BYTES // max(each, 1), 1)
+        for first in range(0, len(chunks), step):
+            part = chunks[first : first + step]
+            batch.append((leaf, part))
+            size += len(part) * each
+            if size >= BATCH_BYTES:
+                yield batch
+                batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _chunk_bytes(plan: SavePlan, pieces: list[list[Piece]], leaf: int) -> int:
+    return int(np.prod(plan.chunks[leaf], dtype=np.int64)) * pieces[leaf][0].data.dtype.itemsize
+
+
+def _shape(pieces: list[Piece]) -> tuple[int, ...]:
+    return tuple(max(piece.box.start[d] + piece.box.shape[d] for piece in pieces) for d in range(len(pieces[0].box.shape)))
+
+
+@lru_cache(maxsize=1024)
+def _recipe(boxes: tuple[Box, ...], chunk: tuple[int, ...], grid: tuple[int, ...], edge: tuple[int, ...]):
+    """For chunk index -> ([(piece, slices of the piece, slices of the chunk)], padded); the same for like-shaped leaves."""
+
+    @lru_cache(maxsize=None)
+    def parts(index: int) -> tuple[list[tuple[int, tuple[slice, ...], tuple[slice, ...]]], bool]:
+        place = tuple(int(i) for i in np.unravel_index(index, grid)) if grid else ()
+        want = cell_box(place, chunk, edge)
+        found = []
+        for k, box in enumerate(boxes):
+            if contains(box, want):
+                found = [(k, want.slices(box.start), want.slices(want.start))]
+                break
+            both = intersect(box, want)
+            if both is not None:
+                found.append((k, both.slices(box.start), both.slices(want.start)))
+        return found, want.shape != chunk
+
+    return parts
+
+
+def _merge(workers: list[_Worker]) -> Written:
+    files: list[str] = []
+    rows: list[np.ndarray] = []
+    for worker in workers:
+        if worker.rows:
+            part = np.array(worker.rows, np.int64)
+            part[:, 2] += len(files)
+            rows.append(part)
+            files += worker.files
+    table = np.concatenate(rows) if rows else np.zeros((0, 6), np.int64)
+    leaf, chunk, file, offset, length, crc = table.T
+    return Written(files=tuple(files), leaf=leaf, chunk=chunk, file=file, offset=offset, length=length, crc32c=crc)
