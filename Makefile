@@ -14,7 +14,7 @@ PYTEST_ARGS ?=
 
 VENV := .venv
 NEWEST := .venv-newest
-PIP_FLAGS := install -q --disable-pip-version-check --no-input
+PIP_FLAGS := install -qq --disable-pip-version-check --no-input
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
