@@ -42,12 +42,15 @@ _ALONE = LocalCoordinator()
 _serial = itertools.count()
 
 
-def current_coordinator() -> AbstractCoordinator:
-    """The coordinator of this process's jax.distributed job, or that of a lone process."""
+def current_coordinator(*, answer_timeout_s: float = _ANSWER_TIMEOUT_S) -> AbstractCoordinator:
+    """The coordinator of this process's jax.distributed job, or that of a lone process.
+
+    ``answer_timeout_s`` bounds every call that should take milliseconds; waiting for others has deadlines of its own.
+    """
     state = distributed.global_state
     if state.client is None or state.num_processes <= 1:
         return _ALONE
-    return JaxCoordinator(state.client, state.process_id, state.num_processes)
+    return JaxCoordinator(state.client, state.process_id, size=state.num_processes, answer_timeout_s=answer_timeout_s)
 
 
 @final
@@ -58,10 +61,11 @@ class JaxCoordinator(AbstractCoordinator):
     meets half of a value, nor parts of two.
     """
 
-    def __init__(self, client: "_Client", rank: int, size: int) -> None:
+    def __init__(self, client: "_Client", rank: int, *, size: int, answer_timeout_s: float = _ANSWER_TIMEOUT_S) -> None:
         self.rank = rank
         self.size = size
         self._client = client
+        self._answer_timeout_s = answer_timeout_s
 
     def put(self, key: str, value: bytes) -> None:
         """Publish ``value``, a big one in parts; they stay in the store until the key is deleted."""
@@ -91,11 +95,11 @@ class JaxCoordinator(AbstractCoordinator):
 
     def count(self, key: str) -> int:
         """Count up in the store itself, so that no two processes get the same number."""
-        return _answer(f"count up {key!r}", lambda: self._client.key_value_increment(key, 1))
+        return self._answer(f"count up {key!r}", lambda: self._client.key_value_increment(key, 1))
 
     def delete(self, prefix: str) -> None:
         """Remove the key, and below it the parts of a big value."""
-        _answer(f"delete {prefix!r}", lambda: self._client.key_value_delete(prefix))
+        self._answer(f"delete {prefix!r}", lambda: self._client.key_value_delete(prefix))
 
     def _join(self, stored: bytes) -> bytes | None:
         if stored[:1] == _WHOLE:
@@ -110,7 +114,7 @@ class JaxCoordinator(AbstractCoordinator):
         return b"".join(parts)
 
     def _set(self, key: str, stored: bytes) -> None:
-        _answer(f"publish {key!r}", lambda: self._client.key_value_set_bytes(key, stored, True))
+        self._answer(f"publish {key!r}", lambda: self._client.key_value_set_bytes(key, stored, True))
 
     def _read(self, key: str) -> bytes | None:
         def read() -> bytes | None:
@@ -121,7 +125,7 @@ class JaxCoordinator(AbstractCoordinator):
                     return None
                 raise
 
-        return _answer(f"read {key!r}", read)
+        return self._answer(f"read {key!r}", read)
 
     def _wait(self, key: str, deadline: float) -> bytes:
         while True:
@@ -135,6 +139,28 @@ class JaxCoordinator(AbstractCoordinator):
                 if left_s <= _LONGEST_WAIT_S:
                     raise TimeoutError(f"No value for key {key!r} at the deadline.") from None
 
+    def _answer(self, action: str, call: Callable[[], Answer]) -> Answer:
+        """What ``call`` returns, or CoordinationError where the store refuses or does not answer in time."""
+        answers: list[Answer] = []
+        errors: list[BaseException] = []
+
+        def ask() -> None:
+            try:
+                answers.append(call())
+            except BaseException as error:  # re-raised below, in the thread that asked
+                errors.append(error)
+
+        thread = threading.Thread(target=ask, name="jaxckpt-store-call", daemon=True)
+        thread.start()
+        thread.join(self._answer_timeout_s)
+        if answers:
+            return answers[0]
+        if not errors:
+            raise _unreachable(action, f"no answer within {self._answer_timeout_s:g} s")
+        if isinstance(errors[0], jax.errors.JaxRuntimeError):
+            raise _unreachable(action, str(errors[0])) from errors[0]
+        raise errors[0]
+
 
 class _Client(Protocol):
     """What we use of JAX's client."""
@@ -144,29 +170,6 @@ class _Client(Protocol):
     def key_value_set_bytes(self, key: str, value: bytes, allow_overwrite: bool, /) -> None: ...
     def key_value_increment(self, key: str, increment: int, /) -> int: ...
     def key_value_delete(self, key: str, /) -> None: ...
-
-
-def _answer(action: str, call: Callable[[], Answer]) -> Answer:
-    """What ``call`` returns, or CoordinationError where the store refuses or does not answer in time."""
-    answers: list[Answer] = []
-    errors: list[BaseException] = []
-
-    def ask() -> None:
-        try:
-            answers.append(call())
-        except BaseException as error:  # re-raised below, in the thread that asked
-            errors.append(error)
-
-    thread = threading.Thread(target=ask, name="jaxckpt-store-call", daemon=True)
-    thread.start()
-    thread.join(_ANSWER_TIMEOUT_S)
-    if answers:
-        return answers[0]
-    if not errors:
-        raise _unreachable(action, f"no answer within {_ANSWER_TIMEOUT_S:g} s")
-    if isinstance(errors[0], jax.errors.JaxRuntimeError):
-        raise _unreachable(action, str(errors[0])) from errors[0]
-    raise errors[0]
 
 
 def _unreachable(action: str, reason: str) -> CoordinationError:

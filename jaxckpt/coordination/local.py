@@ -15,8 +15,8 @@ class ThreadGroup:
     """``n`` coordinators over one board, so that threads can play the processes of a job."""
 
     def __init__(self, n: int) -> None:
-        board = _Board()
-        self.coordinators = tuple(LocalCoordinator(rank, n, board) for rank in range(n))
+        self._board = _Board()
+        self.coordinators = tuple(LocalCoordinator(rank, n, self._board) for rank in range(n))
 
     def __len__(self) -> int:
         return len(self.coordinators)
@@ -35,6 +35,11 @@ class ThreadGroup:
                 raise error
             outcomes.append(future.result() if error is None else error)
         return outcomes
+
+    def keys(self) -> list[str]:
+        """All keys on the board, sorted."""
+        with self._board.changed:
+            return sorted([*self._board.values, *self._board.counters])
 
 
 class _Board:

@@ -206,7 +206,7 @@ def _run_child() -> None:
     released = threading.Event()
     threading.Thread(target=_watch_parent, args=[released, task], daemon=True).start()
     try:
-        function = _load(task["target"])
+        function = load_target(task["target"])
         _join_job(task)
         outcome = {"value": function(**task["args"])}
         text = json.dumps(outcome)
@@ -246,7 +246,8 @@ def _join_job(task: dict) -> None:
     )
 
 
-def _load(target: str) -> Callable[..., object]:
+def load_target(target: str) -> Callable[..., object]:
+    """The function that ``"path/to/file.py:function"`` or ``"package.module:function"`` names."""
     module_name, _, function_name = target.rpartition(":")
     if module_name.endswith(".py"):
         name = Path(module_name).stem
