@@ -36,7 +36,7 @@ class ThreadGroup:
             outcomes.append(future.result() if error is None else error)
         return outcomes
 
-    def keys(self) -> list[str]:
+    def list_keys(self) -> list[str]:
         """All keys on the board, sorted."""
         with self._board.changed:
             return sorted([*self._board.values, *self._board.counters])

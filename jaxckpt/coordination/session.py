@@ -101,7 +101,12 @@ class Session:
         try:
             # An earlier failure of another process is likely the cause of this one.
             if self._coordinator.try_get(f"{self._root}/failure") is None:
-                record = {"rank": self._coordinator.rank, "stage": self._stage, "error": _text(error)}
+                record = {
+                    "rank": self._coordinator.rank,
+                    "stage": self._stage,
+                    "gave_up": isinstance(error, CoordinationError),
+                    "error": _text(error),
+                }
                 self._coordinator.put(f"{self._root}/failure", json.dumps(record).encode())
         except Exception as untold:  # fail() is called while ``error`` is on its way up, and must not replace it
             error.add_note(f"The other processes could not be told of this error: {untold}")
@@ -184,9 +189,13 @@ class Session:
         self._failure_is_known = True
         failure = json.loads(record)
         where = f'in stage "{failure["stage"]}"' if failure["stage"] else "before its first stage"
+        who = f"Process {failure['rank']} of {self._coordinator.size}"
+        if failure["gave_up"]:
+            # Its message names the processes to blame, and ends with a next step.
+            raise CoordinationError(f"{who} gave up {where} of {self.name}: {failure['error']}")
         raise CoordinationError(
-            f"Process {failure['rank']} of {self._coordinator.size} failed {where} of {self.name}: {failure['error']}. "
-            f"Next step: see the log of process {failure['rank']}; once its trouble is mended, repeat the operation."
+            f"{who} failed {where} of {self.name}: {failure['error']}. Next step: see the log of process "
+            f"{failure['rank']}; once its trouble is mended, repeat the operation."
         )
 
     def _missing_message(
@@ -228,4 +237,5 @@ class _Sighting:
 
 
 def _text(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"[:_MOST_ERROR_CHARS]
+    named = str(error) if isinstance(error, CoordinationError) else f"{type(error).__name__}: {error}".rstrip(". ")
+    return named[:_MOST_ERROR_CHARS]
