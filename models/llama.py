@@ -43,7 +43,7 @@ class LlamaConfig:
 
 PRESETS: dict[str, LlamaConfig] = {
     "tiny": LlamaConfig(embed=128, mlp=384, layers=4, heads=4, kv_heads=2),  # 0.8 M parameters
-    "demo": LlamaConfig(embed=256, mlp=768, layers=6, heads=8, kv_heads=4, tied=False, dropout=0.05),  # 4.9 M
+    "demo": LlamaConfig(embed=320, mlp=960, layers=4, heads=8, kv_heads=4, tied=False, dropout=0.05),  # 5.1 M
     "124m": LlamaConfig(vocab=50_304, embed=768, mlp=2048, layers=12, heads=12, kv_heads=12),
 }
 

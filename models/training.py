@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
 from models.llama import Llama, LlamaConfig
 from models.sharding import shardings_of
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from jax.sharding import Mesh
+
+    TrainStep = Callable[["TrainState", jax.Array], tuple["TrainState", jax.Array]]
 
 PyTree = Any
 
@@ -45,12 +48,12 @@ def abstract_state(config: LlamaConfig, mesh: Mesh, *, fsdp: bool = False) -> Tr
     )
 
 
-def train_step(config: LlamaConfig) -> Callable[[TrainState, jax.Array], tuple[TrainState, jax.Array]]:
+def train_step(config: LlamaConfig, mesh: Mesh, *, fsdp: bool = False) -> TrainStep:
     """The jitted update ``(state, tokens) -> (state, loss)`` of a model. The given state is donated.
 
     ``tokens`` is (batch, length + 1) int32: each token is predicted from those before it.
     """
-    return _train_step(config)
+    return _train_step(config, mesh, fsdp)
 
 
 def eval_loss(config: LlamaConfig) -> Callable[[nnx.State, jax.Array], jax.Array]:
@@ -78,7 +81,7 @@ def _init(config: LlamaConfig, mesh: Mesh, fsdp: bool) -> Callable[[jax.Array], 
 
 
 @lru_cache(maxsize=8)
-def _train_step(config: LlamaConfig) -> Callable[[TrainState, jax.Array], tuple[TrainState, jax.Array]]:
+def _train_step(config: LlamaConfig, mesh: Mesh, fsdp: bool) -> TrainStep:
     optimizer = make_optimizer()
     graph = _graph(config)
 
@@ -91,7 +94,9 @@ def _train_step(config: LlamaConfig) -> Callable[[TrainState, jax.Array], tuple[
             params = optax.apply_updates(state.params, updates)
         return TrainState(params=params, opt_state=opt_state, step=state.step + 1, key=key), loss
 
-    return jax.jit(step, donate_argnums=0)
+    # The new state lies as the old one did: left to itself XLA may choose otherwise, and compile again for the result.
+    shardings = shardings_of(_shapes(config), mesh, fsdp=fsdp)
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())))
 
 
 @lru_cache(maxsize=8)

@@ -26,7 +26,7 @@ def run(config: LlamaConfig, mesh: Mesh, steps: int, *, fsdp: bool = False) -> l
     losses = []
     for step in range(steps):
         tokens = text.train_batch(seed=0, step=step, batch=8, length=32)
-        state, loss = train_step(config)(state, jax.device_put(tokens, batch_sharding(mesh)))
+        state, loss = train_step(config, mesh, fsdp=fsdp)(state, jax.device_put(tokens, batch_sharding(mesh)))
         losses.append(float(loss))
     return losses
 
@@ -63,14 +63,17 @@ def test_abstract_state_is_the_state_without_values(data: int, model: int) -> No
 
 
 def test_train_step_keeps_shardings_and_donates_its_state(mesh_4x2: Mesh) -> None:
-    state = init_state(SMALL, mesh_4x2)
+    state = init_state(SMALL, mesh_4x2, fsdp=True)
     want = [leaf.sharding for leaf in jax.tree.leaves(state)]
     tokens = jax.device_put(text.train_batch(seed=0, step=0, batch=8, length=32), batch_sharding(mesh_4x2))
-    new, _ = train_step(SMALL)(state, tokens)
+    step = train_step(SMALL, mesh_4x2, fsdp=True)
+    new, _ = step(state, tokens)
     assert int(new.step) == 1
     assert state.params["embedding"][...].is_deleted()
     for sharding, leaf in zip(want, jax.tree.leaves(new), strict=True):
         assert sharding.is_equivalent_to(leaf.sharding, leaf.ndim)
+    step(new, tokens)
+    assert step._cache_size() == 1  # the second step needed no second compilation
 
 
 def test_an_axis_that_does_not_divide_stays_whole() -> None:
