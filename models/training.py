@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -91,7 +91,7 @@ def _train_step(config: LlamaConfig, mesh: Mesh, fsdp: bool) -> TrainStep:
         # Optax counts on standard promotion (int32 steps times weak floats); the model above does not.
         with jax.numpy_dtype_promotion("standard"):
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-            params = optax.apply_updates(state.params, updates)
+            params = cast("nnx.State", optax.apply_updates(state.params, updates))
         return TrainState(params=params, opt_state=opt_state, step=state.step + 1, key=key), loss
 
     # The new state lies as the old one did: left to itself XLA may choose otherwise, and compile again for the result.
