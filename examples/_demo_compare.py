@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
+from typing import TypeVar
 
 import jax
 import orbax.checkpoint as ocp
@@ -16,6 +17,8 @@ from orbax.checkpoint import checkpoint_utils
 
 import jaxckpt as jc
 from models.training import TrainState
+
+Result = TypeVar("Result")
 
 
 def main() -> None:
@@ -113,7 +116,7 @@ def time_one(contender: Ours | Orbax, state: TrainState, target: TrainState, fol
     return {"save": save_s, "stall": stall_s, "restore": restore_s}
 
 
-def _seconds(work: Callable[[], Callable[[], object]]) -> tuple[float, Callable[[], object]]:
+def _seconds(work: Callable[[], Result]) -> tuple[float, Result]:
     started = time.perf_counter()
     result = work()
     return time.perf_counter() - started, result
