@@ -1,4 +1,4 @@
-"""The metadata files by which Orbax v0 and v1 restore what we write.
+"""The metadata files by which Orbax v0 and v1 restore what we write, and the records in those that Orbax wrote.
 
 One checkpoint is what Orbax calls a flat PyTree checkpoint: arrays (zarr3) in one OCDBT database at its root, and
 
@@ -26,6 +26,7 @@ from typing import NamedTuple
 import numpy as np
 from jax.sharding import NamedSharding, Sharding, SingleDeviceSharding
 
+from jaxckpt.core.errors import CorruptionError
 from jaxckpt.core.tree import Node, Path, path_name
 
 TREE_METADATA = "_METADATA"
@@ -200,6 +201,114 @@ def encode_strings(leaves: Iterable[OrbaxLeaf]) -> bytes | None:
             level = below if isinstance(below, dict) else {}
         level.setdefault(last, leaf.text)
     return _json(found) if any_text else None
+
+
+class TreeEntry(NamedTuple):
+    """One entry of ``_METADATA``."""
+
+    keys: tuple[str, ...]
+    sequence: tuple[bool, ...]
+    value_type: str
+    skip: bool  # no data of its own: an empty container, None, or a value in an old aggregate file
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TreeMetadata:
+    """What ``_METADATA`` says."""
+
+    entries: tuple[TreeEntry, ...]
+    use_ocdbt: bool | None  # None: written before there was a choice to record
+    use_zarr3: bool
+    missing_is_fill: bool  # chunks that only hold the fill value were not stored
+    custom_metadata: object
+
+
+def decode_tree_metadata(data: bytes, source: str) -> TreeMetadata:
+    """The inverse of ``encode_tree_metadata``, for files of any Orbax. ``source`` names the file in errors.
+
+    Raises:
+        CorruptionError: the file is not what Orbax writes.
+    """
+    record = decode_json(data, source)
+    try:
+        entries = tuple(
+            TreeEntry(
+                tuple(str(key["key"]) for key in entry["key_metadata"]),
+                tuple(key["key_type"] == 1 for key in entry["key_metadata"]),
+                entry["value_metadata"]["value_type"],
+                bool(entry["value_metadata"].get("skip_deserialize", False)),
+            )
+            for entry in record["tree_metadata"].values()
+        )
+        # A container that a partial save filled later keeps the entry from when it was empty.
+        inner = {entry.keys[:depth] for entry in entries for depth in range(len(entry.keys))}
+        return TreeMetadata(
+            entries=tuple(entry for entry in entries if entry.keys not in inner),
+            use_ocdbt=record.get("use_ocdbt"),
+            use_zarr3=bool(record.get("use_zarr3", False)),
+            missing_is_fill=not record.get("store_array_data_equal_to_fill_value", False),
+            custom_metadata=record.get("custom_metadata"),
+        )
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CorruptionError(f"{source}: not a tree of Orbax: {type(error).__name__} at {error}.") from error
+
+
+def nested(places: list[tuple[TreeEntry, Node]], depth: int = 0) -> Node:
+    """The structure of entries that agree in their first ``depth`` keys."""
+    if not places:
+        return Node(kind="dict")
+    if len(places[0][0].keys) == depth:
+        return places[0][1]
+    groups: dict[str, list[tuple[TreeEntry, Node]]] = {}
+    for place in places:
+        groups.setdefault(place[0].keys[depth], []).append(place)
+    if places[0][0].sequence[depth]:
+        order = sorted(groups, key=int)
+        children = tuple(nested(groups[key], depth + 1) for key in order)
+        return Node(kind="list", keys=tuple(map(int, order)), children=children)
+    return Node(kind="dict", keys=tuple(groups), children=tuple(nested(g, depth + 1) for g in groups.values()))
+
+
+def decode_sharding(data: bytes, source: str) -> dict[str, dict[str, object]]:
+    """The inverse of ``encode_sharding``: the JSON record of each sharding by parameter name."""
+    known: dict[str, dict[str, object]] = {}
+    found = {}
+    for name, text in decode_json(data, source).items():
+        if text not in known:
+            known[text] = decode_json(text, source)
+        found[base64.urlsafe_b64decode(name).decode()] = known[text]
+    return found
+
+
+def decode_prng_impls(data: bytes, source: str) -> dict[str, str]:
+    """The implementation of every typed PRNG key that a file of ``array_metadatas/`` tells of."""
+    found = {}
+    for entry in decode_json(data, source).get("array_metadatas", ()):
+        record = entry.get("array_metadata", {})
+        impl = (record.get("ext_metadata") or {}).get("random_key_impl")
+        if impl:
+            found[record["param_name"]] = impl
+    return found
+
+
+def string_at(strings: object, name: str) -> str | None:
+    """The string of a leaf in decoded ``_strings.json``."""
+    for part in name.split("/"):
+        if not isinstance(strings, dict):
+            return None
+        strings = strings.get(part.replace("~1", "/").replace("~0", "~"))
+    return None if strings is None else str(strings)
+
+
+def decode_json(data: bytes | str, source: str) -> dict:
+    """A JSON object, or CorruptionError that names ``source``."""
+    try:
+        record = json.loads(data)
+    except ValueError as error:
+        raise CorruptionError(f"{source}: not JSON ({error}); {len(data)} bytes were read.") from error
+    if not isinstance(record, dict):
+        raise CorruptionError(f"{source}: expected a JSON object, found a {type(record).__name__}.")
+    return record
 
 
 def commit_text(url: str) -> bytes:
