@@ -188,15 +188,15 @@ _EMPTY = {"None": NONE, "NamedTuple": NONE, **{k: Node(kind=k.lower()) for k in 
 
 def _find_tree(store: AbstractStore, handlers: object) -> tuple[AbstractStore | None, str]:
     """The folder that holds the tree, and the item's name where it is a folder below; None where there is JSON only."""
-    if _exists(store, om.TREE_METADATA) or _exists(store, MANIFEST):
+    if store.exists(om.TREE_METADATA) or store.exists(MANIFEST):
         return store, ""
     folders = sorted(store.list_dirs())
     named = [name for name in folders if name in handlers] if isinstance(handlers, dict) else folders
     candidates = [name for name in named if TMP not in name and not name.startswith(("ocdbt.process_", "array_"))]
-    if candidates and any(_exists(store, f"{candidates[0]}/{key}") for key in (ZARR2_KEY, ZARR3_KEY)):
+    if candidates and any(store.exists(f"{candidates[0]}/{key}") for key in (ZARR2_KEY, ZARR3_KEY)):
         return store, ""  # one folder per array, and the tree's metadata lost
     for sign in (om.TREE_METADATA, MANIFEST):
-        trees = [name for name in candidates if _exists(store, f"{name}/{sign}")]
+        trees = [name for name in candidates if store.exists(f"{name}/{sign}")]
         if len(trees) > 1:
             shown = ", ".join(f'"{name}"' for name in trees)
             raise InvalidArgumentError(
@@ -204,14 +204,14 @@ def _find_tree(store: AbstractStore, handlers: object) -> tuple[AbstractStore | 
             )
         if trees:
             return store.child(trees[0]), trees[0]
-    if any(_exists(store, name) for name in _JSON_FILES):
+    if any(store.exists(name) for name in _JSON_FILES):
         return None, ""
     raise _nothing(store, folders)
 
 
 def _nothing(store: AbstractStore, folders: list[str]) -> Exception:
     url = store.url
-    if _exists(store, "checkpoint"):
+    if store.exists("checkpoint"):
         return UnsupportedFormatError(
             f'{url} holds a file "checkpoint" and no {om.TREE_METADATA}: a msgpack checkpoint of Flax or of an old '
             "Orbax, which is not read. Load it with the library that wrote it and save it anew."
@@ -222,7 +222,7 @@ def _nothing(store: AbstractStore, folders: list[str]) -> Exception:
             f"{url} holds no {om.TREE_METADATA} and no {MANIFEST} but what an unfinished save leaves: "
             f"{', '.join(unfinished[:5])}."
         )
-    below = [n for n in folders[:20] if any(_exists(store, f"{n}/{x}") for x in (om.CHECKPOINT_METADATA, *_JSON_FILES))]
+    below = [n for n in folders[:20] if any(store.exists(f"{n}/{x}") for x in (om.CHECKPOINT_METADATA, *_JSON_FILES))]
     # A listing goes all the way down, so it is asked for only where there is nothing below.
     shown = [f"{name}/" for name in folders[:10]] or sorted(store.list(""))[:10] or ["nothing"]
     return NotFoundError(
@@ -294,7 +294,7 @@ def _open_kvstore(store: AbstractStore, use_ocdbt: bool | None, context: ts.Cont
     base = store.kvstore_spec()
     if use_ocdbt is False:
         return ts.KvStore.open(base, context=context).result()
-    if _exists(store, MANIFEST):
+    if store.exists(MANIFEST):
         spec = {"driver": "ocdbt", "base": base, "cache_pool": "cache_pool#ocdbt"}
         try:
             return ts.KvStore.open(spec, context=context).result()
@@ -358,7 +358,7 @@ def _record(data: bytes, zarr3: bool, source: str) -> _Array:
 
 def _list_arrays(store: AbstractStore, context: ts.Context) -> tuple[om.TreeMetadata, ts.KvStore, dict[str, _Array]]:
     """The tree of a checkpoint that lost its metadata: names are taken apart at their dots, as Orbax joined them."""
-    use_ocdbt = _exists(store, MANIFEST)
+    use_ocdbt = store.exists(MANIFEST)
     kvstore = _open_kvstore(store, use_ocdbt, context)
     if use_ocdbt:
         keys = [key.decode() for key in kvstore.list().result()]
@@ -389,11 +389,3 @@ def _read(store: AbstractStore, name: str) -> bytes | None:
         return store.read(name)
     except FileNotFoundError:
         return None
-
-
-def _exists(store: AbstractStore, name: str) -> bool:
-    try:
-        store.size(name)
-    except FileNotFoundError:
-        return False
-    return True

@@ -1,0 +1,147 @@
+"""Any TensorStore key-value store as a store: s3://, gs://, memory://. Puts are atomic, nothing is renamed."""
+
+from typing import Any, final
+
+import numpy as np
+import tensorstore as ts
+
+from jaxckpt.core.errors import AlreadyExistsError, CorruptionError, NotFoundError, StorageError
+from jaxckpt.storage.store import AbstractDataWriter, AbstractStore
+
+DATA_FILE_BYTES = 64 * 1024 * 1024
+_CONTEXT = ts.Context()  # one for the process, so that all see the same memory://
+
+
+@final
+class KvStore(AbstractStore):
+    """A prefix of a TensorStore key-value store. ``spec``'s path must end with '/'."""
+
+    data_file_bytes: int | None = DATA_FILE_BYTES
+
+    def __init__(self, url: str, spec: dict[str, Any], *, parallel_io: int = 16) -> None:
+        self.url, self._spec, self.parallel_io = url, spec, parallel_io
+        try:
+            self._kv = ts.KvStore.open(spec, context=_CONTEXT).result()
+        except (ValueError, OSError) as error:
+            raise StorageError(f"Could not open {url}: {error}") from error
+
+    def read(self, name: str, *, start: int = 0, stop: int | None = None) -> bytes:
+        if start or stop is not None:
+            return self._range(name, start, stop)
+        data = self._get(name)
+        if data is None:
+            raise NotFoundError(f"{self.url}{name} does not exist.")
+        return data
+
+    def read_into(self, name: str, start: int, out: np.ndarray) -> None:
+        out[:] = np.frombuffer(self._range(name, start, start + len(out)), np.uint8)
+
+    def exists(self, name: str) -> bool:
+        return bool(self._call("look at", name, lambda: self._kv.list(_exactly(name))))
+
+    def write(self, name: str, data: bytes) -> None:
+        self._call("write", name, lambda: self._kv.write(name, data))
+
+    def create(self, name: str, data: bytes) -> bool:
+        absent = self._call("read", name, lambda: self._kv.read(name))
+        if absent.state != "missing":
+            return False
+        stamp = self._call("create", name, lambda: self._kv.write(name, data, if_equal=absent.stamp.generation))
+        # The loser of a race gets an empty generation and no exception. A retried request can lose against its own
+        # first attempt, so the bytes decide, where they tell the two apart.
+        return bool(stamp.generation) or (len(data) > 0 and self._get(name) == data and _is_unique(data))
+
+    def open_data(self, name: str) -> AbstractDataWriter:
+        if self.exists(name):
+            raise AlreadyExistsError(f"{self.url}{name} exists already; data files are never overwritten.")
+        return _KvWriter(self, name)
+
+    def list(self, prefix: str = "") -> list[str]:
+        return sorted(key.decode() for key in self._call("list", prefix, lambda: self._kv.list(_starting(prefix))))
+
+    def list_dirs(self) -> list[str]:
+        return sorted({name.split("/", 1)[0] for name in self.list() if "/" in name})
+
+    def delete(self, name: str) -> None:
+        self._call("delete", name, lambda: self._kv.delete_range(_exactly(name)))
+
+    def delete_prefix(self, prefix: str) -> None:
+        self._call("delete", prefix, lambda: self._kv.delete_range(_starting(prefix)))
+
+    def sync(self) -> None:
+        return
+
+    def child(self, name: str) -> "KvStore":
+        spec = {**self._spec, "path": f"{self._spec.get('path', '')}{name}/"}
+        return KvStore(f"{self.url}{name}/", spec, parallel_io=self.parallel_io)
+
+    def kvstore_spec(self) -> dict[str, object]:
+        return dict(self._spec)
+
+    def _get(self, name: str) -> bytes | None:
+        found = self._call("read", name, lambda: self._kv.read(name))
+        return None if found.state == "missing" else found.value
+
+    def _range(self, name: str, start: int, stop: int | None) -> bytes:
+        if start == stop:
+            return b""
+        try:
+            found = self._kv.read(name, byte_range=slice(start, stop)).result()
+        except (ValueError, OSError, RuntimeError) as error:
+            if not self.exists(name):
+                raise NotFoundError(f"{self.url}{name} does not exist.") from error
+            if "OUT_OF_RANGE" in str(error) or "outside valid range" in str(error) or "416" in str(error):
+                raise CorruptionError(f"{self.url}{name} is too short: bytes {start} to {stop} were wanted.") from error
+            raise self._failed("read", name, error) from error
+        if found.state == "missing":
+            raise NotFoundError(f"{self.url}{name} does not exist.")
+        if stop is not None and len(found.value) != stop - start:
+            raise CorruptionError(
+                f"{self.url}{name} is too short: bytes {start} to {stop} were wanted, {len(found.value)} came."
+            )
+        return found.value
+
+    def _call(self, verb: str, name: str, start: Any) -> Any:
+        try:
+            return start().result()
+        except (ValueError, OSError, RuntimeError) as error:
+            raise self._failed(verb, name, error) from error
+
+    def _failed(self, verb: str, name: str, error: Exception) -> StorageError:
+        return StorageError(f"Could not {verb} {self.url}{name}: {error}")
+
+
+@final
+class _KvWriter(AbstractDataWriter):
+    def __init__(self, store: KvStore, name: str) -> None:
+        self.name, self._store, self._parts = name, store, bytearray()
+
+    def append(self, data: np.ndarray) -> int:
+        offset = len(self._parts)
+        self._parts += memoryview(data)
+        return offset
+
+    def close(self) -> int:
+        size = len(self._parts)
+        self._store.write(self.name, bytes(self._parts))
+        self._parts = bytearray()
+        return size
+
+    def abort(self) -> None:
+        self._parts = bytearray()
+
+
+def _exactly(name: str) -> Any:
+    return ts.KvStore.KeyRange(name, name + "\0")
+
+
+def _starting(prefix: str) -> Any:
+    if not prefix:
+        return ts.KvStore.KeyRange()
+    last = prefix.encode()
+    return ts.KvStore.KeyRange(prefix, last[:-1] + bytes([last[-1] + 1]))
+
+
+def _is_unique(data: bytes) -> bool:
+    """Whether no other writer would write these very bytes: they carry a write id."""
+    return b"write-id" in data

@@ -1,0 +1,338 @@
+"""Local files and shared folders (NFS and the like): plain system calls, no copy, fsync of files and of their names."""
+
+import os
+import shutil
+import threading
+from collections import OrderedDict
+from pathlib import Path
+from typing import final
+from uuid import uuid4
+
+import numpy as np
+
+from jaxckpt.core.errors import AlreadyExistsError, CorruptionError, NotFoundError, StorageError
+from jaxckpt.storage.store import AbstractDataWriter, AbstractStore
+
+OPEN_FILES = 64
+_TEMPORARY = ".jaxckpt-tmp-"
+
+
+@final
+class LocalStore(AbstractStore):
+    """A folder. It need not exist: it is made by the first write."""
+
+    data_file_bytes = None
+
+    def __init__(self, root: str | os.PathLike[str]) -> None:
+        self.root = os.path.abspath(root)
+        self.url = Path(self.root).as_uri().rstrip("/") + "/"
+        self.parallel_io = min(4, max(2, os.cpu_count() or 1))
+        self._files = _OpenFiles()
+        self._unsynced: set[str] = set()
+        self._lock = threading.Lock()
+
+    def read(self, name: str, *, start: int = 0, stop: int | None = None) -> bytes:
+        with self._files.open(self._path(name), self, name) as fd:
+            size = os.fstat(fd).st_size
+            end = size if stop is None else stop
+            if end > size or start > size:
+                raise self._short(name, start, end, size)
+            data = bytearray(end - start)
+            self._fill(fd, name, start, memoryview(data))
+            return bytes(data)
+
+    def read_into(self, name: str, start: int, out: np.ndarray) -> None:
+        with self._files.open(self._path(name), self, name) as fd:
+            self._fill(fd, name, start, memoryview(out))
+
+    def exists(self, name: str) -> bool:
+        return os.path.isfile(self._path(name))
+
+    def write(self, name: str, data: bytes) -> None:
+        path = self._path(name)
+        temporary = f"{os.path.dirname(path)}/{_TEMPORARY}{uuid4().hex}"
+        try:
+            self._make_folder(os.path.dirname(path))
+            self._put(temporary, data, os.O_CREAT | os.O_EXCL)
+            os.replace(temporary, path)
+            _sync_folder(os.path.dirname(path))
+        except OSError as error:
+            _unlink(temporary)
+            raise self._failed("write", name, error) from error
+        self.sync()
+
+    def write_all(self, objects: dict[str, bytes]) -> None:
+        """Replace several objects in order; each is durable before the next one becomes visible."""
+        staged = []
+        try:
+            for name, data in objects.items():
+                path = self._path(name)
+                self._make_folder(os.path.dirname(path))
+                temporary = f"{os.path.dirname(path)}/{_TEMPORARY}{uuid4().hex}"
+                staged.append((name, temporary, path))
+                self._put(temporary, data, os.O_CREAT | os.O_EXCL)
+            self.sync()
+            for _, temporary, path in staged:
+                os.replace(temporary, path)
+            for folder in {os.path.dirname(path) for _, _, path in staged}:
+                _sync_folder(folder)
+        except OSError as error:
+            for _, temporary, _ in staged:
+                _unlink(temporary)
+            raise self._failed("write", ", ".join(objects), error) from error
+
+    def create(self, name: str, data: bytes) -> bool:
+        # A link makes the name appear with all its bytes, and only if it is free.
+        path = self._path(name)
+        temporary = f"{os.path.dirname(path)}/{_TEMPORARY}{uuid4().hex}"
+        try:
+            self._make_folder(os.path.dirname(path))
+            self._put(temporary, data, os.O_CREAT | os.O_EXCL)
+            try:
+                os.link(temporary, path)
+            except FileExistsError:
+                return False
+            except OSError:  # no hard links here
+                if os.path.exists(path):
+                    return False
+                self._put(path, data, os.O_CREAT | os.O_EXCL)
+            _sync_folder(os.path.dirname(path))
+        except FileExistsError:
+            return False
+        except OSError as error:
+            raise self._failed("create", name, error) from error
+        finally:
+            _unlink(temporary)
+        self.sync()
+        return True
+
+    def open_data(self, name: str) -> AbstractDataWriter:
+        path = self._path(name)
+        try:
+            self._make_folder(os.path.dirname(path))
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        except FileExistsError as error:
+            raise AlreadyExistsError(f"{self.url}{name} exists already; data files are never overwritten.") from error
+        except OSError as error:
+            raise self._failed("create", name, error) from error
+        with self._lock:
+            self._unsynced.add(os.path.dirname(path))
+        return _LocalWriter(self, name, path, fd)
+
+    def list(self, prefix: str = "") -> list[str]:
+        found = []
+        for folder, _, names in os.walk(self.root):
+            base = os.path.relpath(folder, self.root).replace(os.sep, "/")
+            found += [name if base == "." else f"{base}/{name}" for name in names if not name.startswith(_TEMPORARY)]
+        return sorted(name for name in found if name.startswith(prefix))
+
+    def list_dirs(self) -> list[str]:
+        try:
+            with os.scandir(self.root) as entries:
+                return sorted(entry.name for entry in entries if entry.is_dir())
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        except OSError as error:
+            raise self._failed("list", "", error) from error
+
+    def delete(self, name: str) -> None:
+        try:
+            os.unlink(self._path(name))
+            _sync_folder(os.path.dirname(self._path(name)))
+        except (FileNotFoundError, NotADirectoryError):
+            return
+        except OSError as error:
+            raise self._failed("delete", name, error) from error
+
+    def delete_prefix(self, prefix: str) -> None:
+        self._files.close()
+        try:
+            if prefix == "" or prefix.endswith("/"):
+                shutil.rmtree(self._path(prefix.rstrip("/")) if prefix else self.root)
+            else:
+                for name in self.list(prefix):
+                    os.unlink(self._path(name))
+                for folder in self.list_dirs():
+                    if f"{folder}/".startswith(prefix):
+                        shutil.rmtree(self._path(folder))
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise self._failed("delete", prefix, error) from error
+
+    def sync(self) -> None:
+        with self._lock:
+            folders, self._unsynced = self._unsynced, set()
+        try:
+            # Deepest first: a folder's own name is durable once its parent is.
+            for folder in sorted(folders, key=len, reverse=True):
+                _sync_folder(folder)
+        except OSError as error:
+            raise self._failed("sync", "", error) from error
+
+    def child(self, name: str) -> "LocalStore":
+        return LocalStore(os.path.join(self.root, name))
+
+    def kvstore_spec(self) -> dict[str, object]:
+        return {"driver": "file", "path": self.root + "/"}
+
+    def close(self) -> None:
+        """Close files kept open for reading."""
+        self._files.close()
+
+    def _path(self, name: str) -> str:
+        return os.path.join(self.root, name) if name else self.root
+
+    def _make_folder(self, folder: str) -> None:
+        missing = []
+        while not os.path.isdir(folder):
+            missing.append(folder)
+            folder = os.path.dirname(folder)
+        for path in reversed(missing):
+            try:
+                os.mkdir(path)
+            except FileExistsError:
+                if not os.path.isdir(path):
+                    raise
+            with self._lock:
+                self._unsynced.update((path, os.path.dirname(path)))
+
+    def _put(self, path: str, data: bytes, flags: int) -> None:
+        fd = os.open(path, os.O_WRONLY | flags | os.O_CLOEXEC, 0o666)
+        try:
+            _write_all(fd, memoryview(data), 0)
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+    def _fill(self, fd: int, name: str, start: int, view: memoryview) -> None:
+        done, wanted = 0, len(view)
+        while done < wanted:
+            try:
+                got = os.preadv(fd, [view[done:]], start + done)
+            except OSError as error:
+                raise self._failed("read", name, error) from error
+            if got == 0:
+                raise self._short(name, start, start + wanted, os.fstat(fd).st_size)
+            done += got
+
+    def _short(self, name: str, start: int, stop: int, size: int) -> CorruptionError:
+        return CorruptionError(f"{self.url}{name} is too short: bytes {start} to {stop} were wanted, it has {size}.")
+
+    def _failed(self, verb: str, name: str, error: OSError) -> Exception:
+        if isinstance(error, FileNotFoundError) and verb == "read":
+            return NotFoundError(f"{self.url}{name} does not exist.")
+        failure = StorageError(f"Could not {verb} {self.url}{name}: {error.strerror or error}")
+        failure.errno = error.errno
+        return failure
+
+
+@final
+class _LocalWriter(AbstractDataWriter):
+    def __init__(self, store: LocalStore, name: str, path: str, fd: int) -> None:
+        self.name, self._store, self._path, self._fd, self._size = name, store, path, fd, 0
+
+    def append(self, data: np.ndarray) -> int:
+        offset = self._size
+        try:
+            _write_all(self._fd, memoryview(data), offset)
+        except OSError as error:
+            raise self._store._failed("write", self.name, error) from error
+        self._size += len(data)
+        return offset
+
+    def close(self) -> int:
+        try:
+            os.fsync(self._fd)
+        except OSError as error:
+            raise self._store._failed("sync", self.name, error) from error
+        finally:
+            os.close(self._fd)
+        return self._size
+
+    def abort(self) -> None:
+        os.close(self._fd)
+        _unlink(self._path)
+
+
+class _OpenFiles:
+    """File descriptors kept open for reading: the most recently used ones."""
+
+    def __init__(self) -> None:
+        self._open: OrderedDict[str, _Shared] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def open(self, path: str, store: LocalStore, name: str) -> "_Shared":
+        with self._lock:
+            found = self._open.get(path)
+            if found is not None:
+                self._open.move_to_end(path)
+                found.users += 1
+                return found
+            try:
+                fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            except OSError as error:
+                raise store._failed("read", name, error) from error
+            # Data files are never rewritten; others may be replaced under us, so their descriptors are not kept.
+            found = _Shared(fd, self._lock, kept="/d/" in path)
+            if found.kept:
+                self._open[path] = found
+                while len(self._open) > OPEN_FILES:
+                    self._open.popitem(last=False)[1].drop()
+            return found
+
+    def close(self) -> None:
+        with self._lock:
+            while self._open:
+                self._open.popitem()[1].drop()
+
+    def __del__(self) -> None:
+        self.close()
+
+
+class _Shared:
+    """A descriptor that closes when it is dropped and its last user has left."""
+
+    def __init__(self, fd: int, lock: threading.Lock, *, kept: bool) -> None:
+        self.fd, self.users, self.kept, self._lock = fd, 1, kept, lock
+
+    def __enter__(self) -> int:
+        return self.fd
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self.users -= 1
+            self._close_if_unused()
+
+    def drop(self) -> None:
+        self.kept = False
+        self._close_if_unused()
+
+    def _close_if_unused(self) -> None:
+        if not self.kept and self.users == 0 and self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+
+def _write_all(fd: int, view: memoryview, offset: int) -> None:
+    done = 0
+    while done < len(view):
+        done += os.pwrite(fd, view[done:], offset + done)
+
+
+def _sync_folder(folder: str) -> None:
+    try:
+        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _unlink(path: str) -> None:
+    try:
+        os.unlink(path)
+    except FileNotFoundError:
+        return

@@ -1,0 +1,91 @@
+"""The interface of a store: named objects under one root. Names are relative paths joined by '/'."""
+
+import abc
+
+import numpy as np
+
+
+class AbstractDataWriter(abc.ABC):
+    """A new data object that grows by appending; used by one thread."""
+
+    name: str
+
+    @abc.abstractmethod
+    def append(self, data: np.ndarray) -> int:
+        """Append a 1-D uint8 array; returns the offset of its first byte. ``data`` may be reused at once."""
+
+    @abc.abstractmethod
+    def close(self) -> int:
+        """Make the object durable; returns its size in bytes."""
+
+    @abc.abstractmethod
+    def abort(self) -> None:
+        """Give the object up and remove what is there, as far as possible."""
+
+
+class AbstractStore(abc.ABC):
+    """Objects under one root: a checkpoint folder, or a prefix of a bucket.
+
+    Failures of the storage are ``StorageError`` with the object, the root and the cause, ``errno`` kept.
+    """
+
+    url: str  # for messages; ends with '/'
+    data_file_bytes: int | None  # size at which a writer should start another data object; None: one is fine
+    parallel_io: int  # useful number of concurrent reads and writes
+
+    @abc.abstractmethod
+    def read(self, name: str, *, start: int = 0, stop: int | None = None) -> bytes:
+        """The bytes of an object, or a range. NotFoundError; CorruptionError when the object ends before ``stop``."""
+
+    @abc.abstractmethod
+    def read_into(self, name: str, start: int, out: np.ndarray) -> None:
+        """Fill a 1-D contiguous uint8 array from an object; errors as of ``read``."""
+
+    @abc.abstractmethod
+    def exists(self, name: str) -> bool:
+        """Whether there is an object of this name."""
+
+    @abc.abstractmethod
+    def write(self, name: str, data: bytes) -> None:
+        """Replace a whole object: a reader sees the old bytes or the new ones. Durable when it returns."""
+
+    @abc.abstractmethod
+    def create(self, name: str, data: bytes) -> bool:
+        """Create an object if there is none; False if there was. Durable when it returns."""
+
+    @abc.abstractmethod
+    def open_data(self, name: str) -> AbstractDataWriter:
+        """A writer of a new object. AlreadyExistsError if there is one of that name."""
+
+    @abc.abstractmethod
+    def list(self, prefix: str = "") -> list[str]:
+        """Names of all objects that start with ``prefix``, sorted."""
+
+    @abc.abstractmethod
+    def list_dirs(self) -> list[str]:
+        """Names of the folders right under the root, sorted."""
+
+    @abc.abstractmethod
+    def delete(self, name: str) -> None:
+        """Remove an object; no error where there is none."""
+
+    @abc.abstractmethod
+    def delete_prefix(self, prefix: str) -> None:
+        """Remove all objects whose names start with ``prefix``, and the folders that this leaves empty."""
+
+    @abc.abstractmethod
+    def sync(self) -> None:
+        """Make durable the names of all objects written through this store so far."""
+
+    @abc.abstractmethod
+    def child(self, name: str) -> "AbstractStore":
+        """The store of a folder below."""
+
+    @abc.abstractmethod
+    def kvstore_spec(self) -> dict[str, object]:
+        """The root as a TensorStore key-value store specification; its path ends with '/'."""
+
+    def write_all(self, objects: dict[str, bytes]) -> None:
+        """Replace several objects, in order; durable when it returns."""
+        for name, data in objects.items():
+            self.write(name, data)
