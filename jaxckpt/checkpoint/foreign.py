@@ -190,7 +190,7 @@ def _find_tree(store: AbstractStore, handlers: object) -> tuple[AbstractStore | 
     """The folder that holds the tree, and the item's name where it is a folder below; None where there is JSON only."""
     if store.exists(om.TREE_METADATA) or store.exists(MANIFEST):
         return store, ""
-    folders = sorted(store.list_dirs())
+    folders = sorted(store.folders())
     named = [name for name in folders if name in handlers] if isinstance(handlers, dict) else folders
     candidates = [name for name in named if TMP not in name and not name.startswith(("ocdbt.process_", "array_"))]
     if candidates and any(store.exists(f"{candidates[0]}/{key}") for key in (ZARR2_KEY, ZARR3_KEY)):
@@ -224,7 +224,7 @@ def _nothing(store: AbstractStore, folders: list[str]) -> Exception:
         )
     below = [n for n in folders[:20] if any(store.exists(f"{n}/{x}") for x in (om.CHECKPOINT_METADATA, *_JSON_FILES))]
     # A listing goes all the way down, so it is asked for only where there is nothing below.
-    shown = [f"{name}/" for name in folders[:10]] or sorted(store.list(""))[:10] or ["nothing"]
+    shown = [f"{name}/" for name in folders[:10]] or sorted(store.names(""))[:10] or ["nothing"]
     return NotFoundError(
         f"No checkpoint at {url}: looked for jaxckpt.json, {om.TREE_METADATA} and {MANIFEST} there and in its folders; "
         f"found {', '.join(shown)}." + (f" Open one of {', '.join(below)}, as {url}/{below[0]}." if below else "")
@@ -300,7 +300,7 @@ def _open_kvstore(store: AbstractStore, use_ocdbt: bool | None, context: ts.Cont
             return ts.KvStore.open(spec, context=context).result()
         except ValueError as error:
             raise CorruptionError(f"{store.url}/{MANIFEST} cannot be read: {error}") from error
-    if use_ocdbt and any(name.startswith("ocdbt.process_") for name in store.list_dirs()):
+    if use_ocdbt and any(name.startswith("ocdbt.process_") for name in store.folders()):
         raise NotCommittedError(
             f"{store.url}: no {MANIFEST} joins the databases of its processes: a save never finished."
         )
@@ -361,10 +361,10 @@ def _list_arrays(store: AbstractStore, context: ts.Context) -> tuple[om.TreeMeta
     use_ocdbt = store.exists(MANIFEST)
     kvstore = _open_kvstore(store, use_ocdbt, context)
     if use_ocdbt:
-        keys = [key.decode() for key in kvstore.list().result()]
+        keys = [key.decode() for key in kvstore.names().result()]
         names = [key.rpartition("/")[0] for key in keys if key.endswith((f"/{ZARR2_KEY}", f"/{ZARR3_KEY}"))]
     else:
-        names = [name for name in sorted(store.list_dirs()) if not name.startswith("array_")]
+        names = [name for name in sorted(store.folders()) if not name.startswith("array_")]
     nested = [tuple(name.split(".")) for name in names]
     inner = {keys[:depth] for keys in nested for depth in range(len(keys))}
     if any(keys in inner for keys in nested):

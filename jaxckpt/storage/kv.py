@@ -56,11 +56,11 @@ class KvStore(AbstractStore):
             raise AlreadyExistsError(f"{self.url}{name} exists already; data files are never overwritten.")
         return _KvWriter(self, name)
 
-    def list(self, prefix: str = "") -> list[str]:
+    def names(self, prefix: str = "") -> list[str]:
         return sorted(key.decode() for key in self._call("list", prefix, lambda: self._kv.list(_starting(prefix))))
 
-    def list_dirs(self) -> list[str]:
-        return sorted({name.split("/", 1)[0] for name in self.list() if "/" in name})
+    def folders(self) -> list[str]:
+        return sorted({name.split("/", 1)[0] for name in self.names() if "/" in name})
 
     def delete(self, name: str) -> None:
         self._call("delete", name, lambda: self._kv.delete_range(_exactly(name)))

@@ -119,14 +119,14 @@ class LocalStore(AbstractStore):
             self._unsynced.add(os.path.dirname(path))
         return _LocalWriter(self, name, path, fd)
 
-    def list(self, prefix: str = "") -> list[str]:
+    def names(self, prefix: str = "") -> list[str]:
         found = []
         for folder, _, names in os.walk(self.root):
             base = os.path.relpath(folder, self.root).replace(os.sep, "/")
             found += [name if base == "." else f"{base}/{name}" for name in names if not name.startswith(_TEMPORARY)]
         return sorted(name for name in found if name.startswith(prefix))
 
-    def list_dirs(self) -> list[str]:
+    def folders(self) -> list[str]:
         try:
             with os.scandir(self.root) as entries:
                 return sorted(entry.name for entry in entries if entry.is_dir())
@@ -150,9 +150,9 @@ class LocalStore(AbstractStore):
             if prefix == "" or prefix.endswith("/"):
                 shutil.rmtree(self._path(prefix.rstrip("/")) if prefix else self.root)
             else:
-                for name in self.list(prefix):
+                for name in self.names(prefix):
                     os.unlink(self._path(name))
-                for folder in self.list_dirs():
+                for folder in self.folders():
                     if f"{folder}/".startswith(prefix):
                         shutil.rmtree(self._path(folder))
         except FileNotFoundError:

@@ -58,11 +58,11 @@ class AbstractStore(abc.ABC):
         """A writer of a new object. AlreadyExistsError if there is one of that name."""
 
     @abc.abstractmethod
-    def list(self, prefix: str = "") -> list[str]:
+    def names(self, prefix: str = "") -> list[str]:
         """Names of all objects that start with ``prefix``, sorted."""
 
     @abc.abstractmethod
-    def list_dirs(self) -> list[str]:
+    def folders(self) -> list[str]:
         """Names of the folders right under the root, sorted."""
 
     @abc.abstractmethod
