@@ -42,12 +42,12 @@ def array_metadata(shape: tuple[int, ...], dtype: str, chunk: tuple[int, ...], z
 
 def metadata_key(name: str) -> str:
     """The database key of an array's metadata."""
-    return f"{name}/zarr.json"
+    return f"{name}/zarr.json" if name else "zarr.json"
 
 
 def chunk_keys(name: str, grid: tuple[int, ...]) -> list[str]:
     """The database keys of all chunks of an array, in C order of the grid."""
-    return [f"{name}/{suffix}" for suffix in _suffixes(grid)]
+    return [f"{name}/{suffix}" for suffix in _suffixes(grid)] if name else list(_suffixes(grid))
 
 
 @lru_cache(maxsize=1024)

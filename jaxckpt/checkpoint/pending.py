@@ -1,0 +1,68 @@
+"""A save in the background: ask for its state, wait for it, or learn what went wrong."""
+
+import threading
+import weakref
+from collections.abc import Callable
+from typing import final
+
+_running: "weakref.WeakSet[PendingSave]" = weakref.WeakSet()
+
+
+@final
+class PendingSave:
+    """A save whose tree is captured (safe to donate or change) and whose bytes are on their way to storage.
+
+    Also a context manager: leaving the block waits for the save, and raises what went wrong.
+    """
+
+    def __init__(self, path: str, work: Callable[[], None]) -> None:
+        self.path = path
+        self._error: BaseException | None = None
+        self._done = threading.Event()
+        # Not a daemon: an interpreter that exits waits for its saves.
+        self._thread = threading.Thread(target=self._run, args=(work,), name=f"jaxckpt-save {path}")
+        _running.add(self)
+        self._thread.start()
+
+    def _run(self, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except BaseException as error:  # noqa: BLE001 kept, and raised by result()
+            self._error = error
+        finally:
+            del work
+            self._done.set()
+
+    def done(self) -> bool:
+        """Whether the save has ended, well or not."""
+        return self._done.is_set()
+
+    @property
+    def state(self) -> str:
+        """ "captured", "durable" or "failed"."""
+        if not self._done.is_set():
+            return "captured"
+        return "durable" if self._error is None else "failed"
+
+    def error(self) -> BaseException | None:
+        """What went wrong; None while the save runs and after it succeeded."""
+        return self._error
+
+    def result(self, timeout_s: float | None = None) -> None:
+        """Wait until the checkpoint is durable.
+
+        Raises:
+            TimeoutError: not yet; the save goes on.
+            CheckpointError: the save failed; the checkpoint does not exist.
+        """
+        if not self._done.wait(timeout_s):
+            raise TimeoutError(f"The save of {self.path} is still being written after {timeout_s} s; it goes on.")
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+
+    def __enter__(self) -> "PendingSave":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.result()
