@@ -60,7 +60,9 @@ def open_store(path: str | os.PathLike[str], options: StorageOptions | None = No
         return KvStore(f"s3://{parts.netloc}/{key}", _s3(parts.netloc, key, options))
     if parts.scheme == "gs":
         return KvStore(f"gs://{parts.netloc}/{key}", _gcs(parts.netloc, key, options))
-    raise InvalidArgumentError(f"{text!r} has an unknown scheme {parts.scheme!r}; known are {', '.join(SCHEMES)} and plain paths.")
+    raise InvalidArgumentError(
+        f"{text!r} has an unknown scheme {parts.scheme!r}; known are {', '.join(SCHEMES)} and plain paths."
+    )
 
 
 def _s3(bucket: str, key: str, options: StorageOptions) -> dict[str, object]:
@@ -75,7 +77,11 @@ def _s3(bucket: str, key: str, options: StorageOptions) -> dict[str, object]:
     if options.anonymous:
         spec["aws_credentials"] = {"type": "anonymous"}
     elif options.access_key_id and options.secret_access_key:
-        credentials = {"type": "static", "access_key_id": options.access_key_id, "secret_access_key": options.secret_access_key}
+        credentials = {
+            "type": "static",
+            "access_key_id": options.access_key_id,
+            "secret_access_key": options.secret_access_key,
+        }
         if options.session_token:
             credentials["session_token"] = options.session_token
         spec["aws_credentials"] = credentials
