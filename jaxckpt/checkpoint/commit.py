@@ -11,6 +11,7 @@ reader that finds the new sidecar beside the old manifest knows it from ``supers
 folders or the order of a listing.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 from uuid import uuid4
@@ -50,7 +51,8 @@ def examine(store: AbstractStore, *, overwrite: bool) -> Before:
     names = tuple(store.names())
     if not names:
         return Before(committed=False, names=())
-    committed = om.COMMIT_MARKER in names or (sc.FILE_NAME not in names and om.TREE_METADATA in names)
+    unfinished = is_unfinished(store, names)
+    committed = not unfinished and bool({om.COMMIT_MARKER, om.TREE_METADATA} & set(names))
     if committed and not overwrite:
         raise AlreadyExistsError(
             f"{store.url} holds a checkpoint already. Pass overwrite=True to replace it (it stays whole until the new one "
@@ -63,6 +65,16 @@ def examine(store: AbstractStore, *, overwrite: bool) -> Before:
             "Nothing was written: save to a folder of its own."
         )
     return Before(committed=committed, names=names)
+
+
+def is_unfinished(store: AbstractStore, names: Collection[str]) -> bool:
+    """Whether these objects are what a save of ours leaves when it does not reach its marker."""
+    if not names or om.COMMIT_MARKER in names:
+        return False
+    if sc.FILE_NAME in names or all(is_ours(name) and name.startswith(_OURS) for name in names):
+        return True
+    # Older Orbax versions wrote no marker; their metadata do not name us.
+    return om.CHECKPOINT_METADATA in names and b'"jaxckpt"' in store.read(om.CHECKPOINT_METADATA)
 
 
 def is_ours(name: str) -> bool:
@@ -185,12 +197,13 @@ def _orbax_files(
         leaves.append(_orbax_leaf(place, name, entries[index], described.specs[index].sharding))
     custom = {"jaxckpt": {"step": lineage.get("step")}, **lineage.get("metadata", {})}
     found = {
-        om.TREE_METADATA: om.encode_tree_metadata(leaves),
-        om.SHARDING: om.encode_sharding(leaves),
-        om.ARRAY_METADATAS: om.encode_array_metadatas(leaves),
+        # First: it tells an unfinished save of ours from an old Orbax checkpoint, which has no marker either.
         om.CHECKPOINT_METADATA: om.encode_checkpoint_metadata(
             init_timestamp_ns=start_ns, commit_timestamp_ns=now_ns, custom_metadata=custom
         ),
+        om.TREE_METADATA: om.encode_tree_metadata(leaves),
+        om.SHARDING: om.encode_sharding(leaves),
+        om.ARRAY_METADATAS: om.encode_array_metadatas(leaves),
     }
     strings = om.encode_strings(leaves)
     return found if strings is None else {**found, om.STRINGS: strings}

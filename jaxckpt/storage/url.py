@@ -1,6 +1,9 @@
 """Paths and URLs -> stores: file://, gs://, s3://, memory://, and plain paths."""
 
+import atexit
+import functools
 import os
+import tempfile
 from dataclasses import dataclass
 from urllib.parse import unquote, urlsplit
 
@@ -77,17 +80,30 @@ def _s3(bucket: str, key: str, options: StorageOptions) -> dict[str, object]:
     if options.anonymous:
         spec["aws_credentials"] = {"type": "anonymous"}
     elif options.access_key_id and options.secret_access_key:
-        credentials = {
-            "type": "static",
-            "access_key_id": options.access_key_id,
-            "secret_access_key": options.secret_access_key,
-        }
-        if options.session_token:
-            credentials["session_token"] = options.session_token
-        spec["aws_credentials"] = credentials
+        keys = (options.access_key_id, options.secret_access_key, options.session_token or "")
+        path = _credentials_file(*keys)
+        spec["aws_credentials"] = {"type": "profile", "profile": "default", "credentials_file": path, "config_file": path}
     elif options.profile:
         spec["aws_credentials"] = {"type": "profile", "profile": options.profile}
     return spec
+
+
+@functools.cache
+def _credentials_file(access_key_id: str, secret_access_key: str, session_token: str) -> str:
+    """Keys as the file of a profile, the only form in which TensorStore takes them from a caller.
+
+    TensorStore reads it whenever a store is opened, so it lasts as long as the process: in memory where the system can.
+    """
+    lines = ["[default]", f"aws_access_key_id = {access_key_id}", f"aws_secret_access_key = {secret_access_key}"]
+    lines += [f"aws_session_token = {session_token}"] if session_token else []
+    data = "\n".join([*lines, ""]).encode()
+    if hasattr(os, "memfd_create"):
+        fd, path = os.memfd_create("aws-credentials"), "/proc/self/fd/{}"
+    else:
+        fd, path = tempfile.mkstemp(prefix="jaxckpt-")  # readable by the user alone
+        atexit.register(os.unlink, path)
+    os.write(fd, data)
+    return path.format(fd)
 
 
 def _gcs(bucket: str, key: str, options: StorageOptions) -> dict[str, object]:

@@ -28,39 +28,66 @@ class Target(NamedTuple):
     data: np.ndarray
 
 
-class Destination(NamedTuple):
+class Destination:
     """Where one leaf's bytes go: fill all targets, then call ``finish`` once."""
 
-    targets: tuple[Target, ...]
-    staged_bytes: int  # host memory beyond the finished array
-    finish: Callable[[], Any]
+    def __init__(self, *, staged_bytes: int, targets: Callable[[], tuple[Target, ...]], finish: Callable[[], Any]) -> None:
+        self.staged_bytes = staged_bytes  # host memory beyond the finished array
+        self.finish = finish
+        self._targets = targets
+
+    def targets(self) -> tuple[Target, ...]:
+        """The boxes to fill; waits until their memory is there."""
+        return self._targets()
 
 
-def host_destination(shape: tuple[int, ...], dtype: np.dtype) -> Destination:
-    """A numpy array."""
-    array = np.empty(shape, dtype)
-    return Destination((Target(whole(shape), array.view(mover(dtype))),), 0, lambda: array)
+def host_destination(shape: tuple[int, ...], dtype: np.dtype, *, zero: bool = False) -> Destination:
+    """A numpy array. ``zero``: elements that nobody fills are zero."""
+    array = (np.zeros if zero else np.empty)(shape, dtype)
+    targets = (Target(whole(shape), array.view(mover(dtype)) if shape else array.reshape(1).view(mover(dtype)).reshape(())),)
+    return Destination(staged_bytes=0, targets=lambda: targets, finish=lambda: array)
 
 
-def device_destination(shape: tuple[int, ...], dtype: np.dtype, sharding: Sharding) -> Destination:
-    """A jax.Array of this sharding; only the parts of this process's devices are filled."""
+def device_destination(
+    shape: tuple[int, ...], dtype: np.dtype, sharding: Sharding, *, cast: np.dtype | None = None, zero: bool = False
+) -> Destination:
+    """A jax.Array of this sharding; only the parts of this process's devices are filled.
+
+    Args:
+        shape: global shape.
+        dtype: of the bytes that will be filled in.
+        sharding: of the result.
+        cast: dtype of the result, where it is another one; the cast is done on the host.
+        zero: elements that nobody fills are zero.
+    """
     boxes = device_boxes(sharding, shape)
     shard_bytes = max((box.size for box in boxes.values()), default=0) * dtype.itemsize
-    if shard_bytes >= IN_PLACE_BYTES and _is_plain_cpu(sharding):
+    if cast is None and shard_bytes >= IN_PLACE_BYTES and _is_plain_cpu(sharding):
         return _in_place(shape, dtype, sharding, boxes)
-    return _staged(shape, dtype, sharding, boxes)
+    return _staged(shape, dtype, sharding, boxes, cast, zero)
 
 
-def _staged(shape: tuple[int, ...], dtype: np.dtype, sharding: Sharding, boxes: dict[jax.Device, Box]) -> Destination:
+def _staged(
+    shape: tuple[int, ...],
+    dtype: np.dtype,
+    sharding: Sharding,
+    boxes: dict[jax.Device, Box],
+    cast: np.dtype | None,
+    zero: bool,
+) -> Destination:
     buffers = {box: _unaliasable(box.shape, dtype) for box in boxes.values()}
+    if zero:
+        for buffer in buffers.values():
+            buffer.view(mover(dtype))[...] = 0
     targets = tuple(Target(box, buffer.view(mover(dtype))) for box, buffer in buffers.items())
 
     def finish() -> jax.Array:
+        ready = buffers if cast is None else {box: buffer.astype(cast) for box, buffer in buffers.items()}
         if len(boxes) == 1 and sharding.is_fully_addressable:
-            return jax.device_put(buffers[next(iter(boxes.values()))], sharding, may_alias=False)
-        return jax.make_array_from_callback(shape, sharding, lambda i: buffers[from_index(i, shape)], dtype=dtype)
+            return jax.device_put(next(iter(ready.values())), sharding, may_alias=False)
+        return jax.make_array_from_callback(shape, sharding, lambda i: ready[from_index(i, shape)], dtype=cast or dtype)
 
-    return Destination(targets, sum(b.nbytes for b in buffers.values()), finish)
+    return Destination(staged_bytes=sum(b.nbytes for b in buffers.values()), targets=lambda: targets, finish=finish)
 
 
 def _unaliasable(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
@@ -72,17 +99,23 @@ def _unaliasable(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 
 def _in_place(shape: tuple[int, ...], dtype: np.dtype, sharding: Sharding, boxes: dict[jax.Device, Box]) -> Destination:
+    # XLA allocates and fills with zeros; nobody else has seen the arrays when their memory is written to.
     arrays = [jax.device_put(_zeros(box.shape, dtype), device, may_alias=False) for device, box in boxes.items()]
-    jax.block_until_ready(arrays)
-    targets = []
-    for box, array in zip(boxes.values(), arrays, strict=True):
-        memory = (ctypes.c_uint8 * (box.size * dtype.itemsize)).from_address(array.unsafe_buffer_pointer())
-        targets.append(Target(box, np.frombuffer(memory, mover(dtype)).reshape(box.shape)))
+
+    def targets() -> tuple[Target, ...]:
+        jax.block_until_ready(arrays)
+        return tuple(Target(box, _memory(array, dtype, box.shape)) for box, array in zip(boxes.values(), arrays, strict=True))
 
     def finish() -> jax.Array:
         return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
 
-    return Destination(tuple(targets), 0, finish)
+    return Destination(staged_bytes=0, targets=targets, finish=finish)
+
+
+def _memory(array: jax.Array, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
+    size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    memory = (ctypes.c_uint8 * size).from_address(array.unsafe_buffer_pointer())
+    return np.frombuffer(memory, mover(dtype)).reshape(shape)
 
 
 _ZERO_BYTES = np.zeros(0, np.uint8)

@@ -1,0 +1,205 @@
+"""Restore a checkpoint: onto any mesh and number of processes, into numpy, whole or in part."""
+
+import os
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import Sharding
+
+from jaxckpt.checkpoint.leaves import plain_value
+from jaxckpt.checkpoint.match import Differences, Only, Places, prune, raise_on
+from jaxckpt.checkpoint.place import Want, default_sharding, saved_sharding, want_like
+from jaxckpt.checkpoint.source import OwnSource, Source, open_source
+from jaxckpt.core.dtypes import dtype_of
+from jaxckpt.core.errors import InvalidArgumentError, MismatchError
+from jaxckpt.core.events import Restored, emit
+from jaxckpt.core.tree import build, flatten, path_name, rebuild
+from jaxckpt.storage.url import StorageOptions, open_store
+from jaxckpt.transfer.upload import Destination, device_destination, host_destination
+
+STAGING_BYTES = 64 * 1024 * 1024  # host memory beyond the restored arrays
+Chooser = Callable[[str, jax.ShapeDtypeStruct], Sharding | None]
+
+
+def restore(
+    path: str | os.PathLike[str],
+    like: Any = None,
+    *,
+    only: Only = None,
+    partial: bool = False,
+    cast: bool = False,
+    pad: bool = False,
+    options: StorageOptions | None = None,
+) -> Any:
+    """Restore a checkpoint of ours, or one that Orbax wrote.
+
+    In a ``jax.distributed`` job all processes call it together, with the same arguments.
+
+    Args:
+        path: a folder or URL, as of ``save``.
+        like: what to restore into.
+            A tree of arrays or ``jax.ShapeDtypeStruct`` with shardings: leaves come back so placed, on any mesh; where
+            it has numpy arrays or Python numbers, those come back. A function ``(name, spec) -> Sharding or None``
+            places each array (None: numpy; ``spec.sharding`` is the one saved, where its devices exist here).
+            None: the tree as it was saved, on the saved mesh where that exists here, else on this host's devices.
+        only: restore these leaves alone, reading only their bytes: a name, a subtree (``"params"``), a glob, several of
+            them, or a function of the name.
+        partial: keep the values of ``like`` for leaves that the checkpoint lacks or has in another shape, and ignore
+            leaves that ``like`` lacks.
+        cast: convert to the dtypes of ``like``.
+        pad: cut or zero-fill to the shapes of ``like`` (same number of dimensions).
+        options: endpoint, region and credentials of object stores.
+
+    Returns:
+        The tree. Its arrays own their memory and may be donated.
+
+    Raises:
+        NotFoundError, NotCommittedError: there is no (finished) checkpoint.
+        MismatchError: lists all leaves that are missing, unexpected, or of the wrong shape, dtype or kind.
+        CorruptionError: stored bytes are not those that were saved; names leaf, chunk and file.
+
+    Example:
+        >>> from jaxckpt.checkpoint.save import save
+        >>> save("memory://docs/restore", {"w": jax.numpy.ones((2, 3)), "step": 7})
+        >>> restore("memory://docs/restore")["step"]
+        7
+    """
+    start = time.perf_counter()
+    source = open_source(open_store(path, options))
+    if like is None or (callable(like) and not isinstance(like, jax.Array | jax.ShapeDtypeStruct)):
+        result, read_bytes = _restore_as_saved(source, like, only)
+    else:
+        result, read_bytes = _restore_like(source, like, only, partial=partial, cast=cast, pad=pad)
+    seconds = time.perf_counter() - start
+    emit(Restored(path=source.url, process=jax.process_index(), read_bytes=read_bytes, seconds=seconds))
+    return result
+
+
+def on_host(name: str, spec: jax.ShapeDtypeStruct) -> None:
+    """For ``restore(path, on_host)``: every array as numpy (PRNG keys as their uint32 data)."""
+    return
+
+
+def _restore_as_saved(source: Source, choose: Chooser | None, only: Only) -> tuple[Any, int]:
+    places = Places(source.structure, only)
+    if only is not None and not places.leaves:
+        raise MismatchError(f"{source.url} has no leaf that matches only={only!r}. jaxckpt inspect shows its leaves.")
+    wants = {leaf: _want_saved(source, leaf, choose) for leaf in sorted(set(places.leaves.values()))}
+    found, read_bytes = _fetch(source, list(wants.values()))
+    values = dict(zip(wants, found, strict=True))
+    structure = source.structure if only is None else prune(source.structure, lambda leaf, path: path in places.leaves)
+    return build(structure, values.__getitem__), read_bytes
+
+
+def _want_saved(source: Source, leaf: int, choose: Chooser | None) -> Want:
+    entry = source.leaves[leaf]
+    if entry.kind not in ("array", "prng_key"):
+        return Want(leaf=leaf)
+    saved = saved_sharding(source.shardings[entry.sharding] if entry.sharding >= 0 else {}, entry)
+    if choose is None:
+        return Want(leaf=leaf, sharding=saved or default_sharding(entry))
+    spec = jax.ShapeDtypeStruct(entry.shape, dtype_of(entry.dtype), sharding=saved)
+    chosen = choose(entry.name, spec)
+    if chosen is not None and not isinstance(chosen, Sharding):
+        raise InvalidArgumentError(f'like("{entry.name}", spec) gave {chosen!r}; it must give a jax.sharding.Sharding or None.')
+    return Want(leaf=leaf, sharding=chosen)
+
+
+def _restore_like(source: Source, like: Any, only: Only, *, partial: bool, cast: bool, pad: bool) -> tuple[Any, int]:
+    places = Places(source.structure, only)
+    leaves, _ = flatten(like)
+    differences, wants, used = Differences(), {}, set()
+    for leaf in leaves:
+        place = places.find(leaf.path)
+        if place is None:
+            differences.missing.append(path_name(leaf.path))
+            continue
+        used.add(place)
+        want, wrong = want_like(source, places.leaves[place], leaf, cast=cast, pad=pad)
+        if wrong:
+            differences.wrong.append(wrong)
+        else:
+            wants[leaf.path] = want
+    differences.unexpected = [path_name(path) for path in places.leaves if path not in used]
+    if partial:
+        _check_kept(source.url, leaves, wants)
+    else:
+        raise_on(differences, source.url, places, leaves)
+    distinct = list(dict.fromkeys(wants.values()))  # tied leaves with one placement are one array again
+    found, read_bytes = _fetch(source, distinct)
+    values = dict(zip(distinct, found, strict=True))
+    return rebuild(like, lambda path, old: values[wants[path]] if path in wants else old), read_bytes
+
+
+def _check_kept(url: str, leaves: list, wants: dict) -> None:
+    abstract = [leaf.name for leaf in leaves if leaf.path not in wants and isinstance(leaf.value, jax.ShapeDtypeStruct)]
+    if abstract:
+        raise MismatchError(
+            f"{len(abstract)} leaves are to keep the value of `like`, which is abstract there, as {', '.join(abstract[:5])}: "
+            f"the checkpoint at {url} has none that fits. Give arrays for them in `like`."
+        )
+
+
+class _Job(NamedTuple):
+    want: Want
+    place: int  # in the results
+    destination: Destination
+
+
+def _fetch(source: Source, wants: list[Want]) -> tuple[list[Any], int]:
+    """The values of all wants, in batches that bound the host memory beyond them."""
+    results: list[Any] = [None] * len(wants)
+    read_bytes, staged = 0, 0
+    batch: list[_Job] = []
+    for place, want in enumerate(wants):
+        if not source.leaves[want.leaf].stored:
+            results[place] = want.convert(plain_value(source.leaves[want.leaf]))
+            continue
+        job = _Job(want, place, _destination(source, want))
+        batch.append(job)
+        staged += job.destination.staged_bytes
+        if staged >= STAGING_BYTES:
+            read_bytes += _fill(source, batch, results)
+            batch, staged = [], 0
+    if batch:
+        read_bytes += _fill(source, batch, results)
+    return results, read_bytes
+
+
+def _destination(source: Source, want: Want) -> Destination:
+    entry = source.leaves[want.leaf]
+    shape, dtype = want.shape or entry.shape, dtype_of(entry.dtype)
+    zero = shape != entry.shape
+    if want.sharding is None:
+        return host_destination(shape, dtype, zero=zero)
+    return device_destination(shape, dtype, want.sharding, cast=want.cast, zero=zero)
+
+
+def _fill(source: Source, batch: list[_Job], results: list[Any]) -> int:
+    targets: dict[int, tuple] = {}
+    for job in batch:
+        targets[job.want.leaf] = targets.get(job.want.leaf, ()) + job.destination.targets()
+    if jax.process_count() > 1 and isinstance(source, OwnSource):
+        from jaxckpt.checkpoint.exchange import fill_together
+
+        read_bytes = fill_together(source, targets, [job.want for job in batch])
+    else:
+        read_bytes = source.fill(targets)
+    for job in batch:
+        entry = source.leaves[job.want.leaf]
+        results[job.place] = job.want.convert(_finished(entry, job.destination.finish(), job.want))
+    return read_bytes
+
+
+def _finished(entry: Any, array: Any, want: Want) -> Any:
+    if want.sharding is not None:
+        return jax.random.wrap_key_data(array, impl=entry.prng_impl) if entry.kind == "prng_key" else array
+    if want.cast is not None:
+        array = array.astype(want.cast)
+    if entry.kind == "bytes":
+        return array.tobytes()
+    return array[()] if entry.kind == "numpy_scalar" and not want.keep_array else array
+
+
