@@ -155,7 +155,10 @@ def _database(
             if plain is not None:
                 keys += [metadata_key(leaf.name).encode(), chunk_keys(leaf.name, ())[0].encode()]
                 data = plain.tobytes()
-                inline += [array_metadata((), plain.dtype.name, (), None), data + google_crc32c.value(data).to_bytes(4, "little")]
+                inline += [
+                    array_metadata((), plain.dtype.name, (), None),
+                    data + google_crc32c.value(data).to_bytes(4, "little"),
+                ]
                 ids += [-1, -1]
                 offsets += [0, 0]
                 lengths += [0, 0]
@@ -190,7 +193,9 @@ def _orbax_files(
     for place in om.places(described.structure):
         if place.leaf < 0:
             leaves.append(
-                om.OrbaxLeaf(name=path_name(place.path), path=place.path, sequence=place.sequence, value_type=place.value_type)
+                om.OrbaxLeaf(
+                    name=path_name(place.path), path=place.path, sequence=place.sequence, value_type=place.value_type
+                )
             )
             continue
         name, index = names[place.path]
@@ -226,5 +231,3 @@ def _orbax_leaf(place: om.Place, name: str, entry: sc.LeafEntry, sharding: Shard
         prng_impl=entry.prng_impl or None,
         sharding=sharding if of_jax else None,
     )
-
-

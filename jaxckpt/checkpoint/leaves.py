@@ -72,11 +72,18 @@ def sharding_record(sharding: Sharding) -> dict[str, Any]:
             "shape": [mesh.shape[name] for name in mesh.axis_names],
             "axis_types": [t.name for t in mesh.axis_types],
             "devices": [d.id for d in mesh.devices.flat],
-            "spec": [list(p) if isinstance(p, tuple) else p if p is None or isinstance(p, str) else None for p in sharding.spec],
+            "spec": [
+                list(p) if isinstance(p, tuple) else p if p is None or isinstance(p, str) else None
+                for p in sharding.spec
+            ],
         }
     if isinstance(sharding, SingleDeviceSharding):
         return {"type": "SingleDeviceSharding", "devices": [d.id for d in sharding.device_set]}
-    return {"type": type(sharding).__name__, "devices": sorted(d.id for d in sharding.device_set), "text": str(sharding)}
+    return {
+        "type": type(sharding).__name__,
+        "devices": sorted(d.id for d in sharding.device_set),
+        "text": str(sharding),
+    }
 
 
 def _classify(leaf: NamedLeaf, compression: Compression) -> tuple[LeafEntry, Any]:
@@ -141,7 +148,9 @@ def _level(compression: Compression, name: str, array: Any) -> int | None:
     else:
         level = compression(name, jax.ShapeDtypeStruct(array.shape, array.dtype))
     if level is not None and (isinstance(level, bool) or not isinstance(level, int) or not -7 <= level <= 22):
-        raise InvalidArgumentError(f'compression of leaf "{name}" is {level!r}; a zstd level is an int from -7 to 22, or None.')
+        raise InvalidArgumentError(
+            f'compression of leaf "{name}" is {level!r}; a zstd level is an int from -7 to 22, or None.'
+        )
     return level
 
 

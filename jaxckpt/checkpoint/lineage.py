@@ -29,7 +29,9 @@ def lineage_record(
     try:
         json.dumps(metadata or {}, allow_nan=False)
     except (TypeError, ValueError) as error:
-        raise InvalidArgumentError(f"metadata must be JSON values: {error}. Put arrays into the tree instead.") from error
+        raise InvalidArgumentError(
+            f"metadata must be JSON values: {error}. Put arrays into the tree instead."
+        ) from error
     fields = ("path", "step", "weight", "method")
     return {
         "step": step,

@@ -141,7 +141,9 @@ def _counts(saved: Mapping[Path, int], wanted: Sequence[Path]) -> list[str]:
     found = []
     for prefix in sorted(set(ours) & set(theirs)):
         if ours[prefix] != theirs[prefix]:
-            found.append(f'  Under "{prefix}" the checkpoint has {ours[prefix]} numbered parts, `like` has {theirs[prefix]}.')
+            found.append(
+                f'  Under "{prefix}" the checkpoint has {ours[prefix]} numbered parts, `like` has {theirs[prefix]}.'
+            )
     return found[:3]
 
 

@@ -125,7 +125,9 @@ def _want_key(entry: LeafEntry, leaf: int, like: NamedLeaf, value: Any, sharding
 def _key_dtype_text(entry: LeafEntry) -> str:
     if entry.kind != "prng_key":
         return ""
-    return str(jax.eval_shape(lambda: jax.random.wrap_key_data(np.zeros(entry.shape, np.uint32), impl=entry.prng_impl)).dtype)
+    return str(
+        jax.eval_shape(lambda: jax.random.wrap_key_data(np.zeros(entry.shape, np.uint32), impl=entry.prng_impl)).dtype
+    )
 
 
 def _want_plain(entry: LeafEntry, leaf: int, like: NamedLeaf) -> tuple[Want, str]:

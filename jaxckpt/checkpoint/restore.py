@@ -103,7 +103,9 @@ def _want_saved(source: Source, leaf: int, choose: Chooser | None) -> Want:
     spec = jax.ShapeDtypeStruct(entry.shape, dtype_of(entry.dtype), sharding=saved)
     chosen = choose(entry.name, spec)
     if chosen is not None and not isinstance(chosen, Sharding):
-        raise InvalidArgumentError(f'like("{entry.name}", spec) gave {chosen!r}; it must give a jax.sharding.Sharding or None.')
+        raise InvalidArgumentError(
+            f'like("{entry.name}", spec) gave {chosen!r}; it must give a jax.sharding.Sharding or None.'
+        )
     return Want(leaf=leaf, sharding=chosen)
 
 
@@ -203,3 +205,6 @@ def _finished(entry: Any, array: Any, want: Want) -> Any:
     return array[()] if entry.kind == "numpy_scalar" and not want.keep_array else array
 
 
+def read_leaf(source: Source, leaf: int) -> Any:
+    """One leaf on the host (a PRNG key as its uint32 data)."""
+    return _fetch(source, [Want(leaf=leaf)])[0][0]

@@ -174,7 +174,9 @@ def _flush(
         file_bytes=store.data_file_bytes,
     )
     store.sync()
-    emit(Flushed(path=store.url, process=rank, size_bytes=int(written.length.sum()), seconds=time.perf_counter() - start))
+    emit(
+        Flushed(path=store.url, process=rank, size_bytes=int(written.length.sum()), seconds=time.perf_counter() - start)
+    )
     return written
 
 
@@ -211,7 +213,9 @@ def _commit(
         lineage=lineage,
     )
     size = int(np.sum(chunks.length, dtype=np.int64))
-    emit(Committed(path=store.url, size_bytes=size, seconds=(time.time_ns() - start_ns) / 1e9, step=lineage.get("step")))
+    emit(
+        Committed(path=store.url, size_bytes=size, seconds=(time.time_ns() - start_ns) / 1e9, step=lineage.get("step"))
+    )
 
 
 def _clean_up(store: AbstractStore, before: Before, opened: list[str], error: Exception, *, alone: bool) -> None:

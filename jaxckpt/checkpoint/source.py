@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from typing import Protocol, final
 
 import google_crc32c
@@ -80,11 +81,15 @@ class OwnSource:
         self.url, self.structure, self.leaves = store.url, sidecar.structure, sidecar.leaves
         self.shardings = sidecar.shardings
         self.first = sidecar.first_chunks()
-        self._columns = [c.tolist() for c in (sidecar.table.file, sidecar.table.offset, sidecar.table.length, sidecar.table.crc32c)]
+        self._columns = [
+            c.tolist() for c in (sidecar.table.file, sidecar.table.offset, sidecar.table.length, sidecar.table.crc32c)
+        ]
 
     def fill(self, targets: Mapping[int, tuple[Target, ...]]) -> int:
         reads = {leaf: self.leaf_read(leaf, boxes) for leaf, boxes in targets.items()}
-        chunks = [self.chunk_read(leaf, index) for leaf in reads for index in needed_chunks(self.leaves[leaf], targets[leaf])]
+        chunks = [
+            self.chunk_read(leaf, index) for leaf in reads for index in needed_chunks(self.leaves[leaf], targets[leaf])
+        ]
         return self.read(chunks, reads)
 
     def read(self, chunks: list[ChunkRead], reads: dict[int, LeafRead]) -> int:
@@ -115,14 +120,11 @@ class OwnSource:
         return ChunkRead(leaf, index, self.sidecar.files[file[row]], offset[row], length[row], crc[row])
 
 
-def needed_chunks(entry: sc.LeafEntry, targets: Sequence[Target]) -> list[int]:
+def needed_chunks(entry: sc.LeafEntry, targets: Sequence[Target]) -> Sequence[int]:
     """Grid indices of the chunks that the targets touch, ascending."""
     if 0 in entry.shape:
         return []
-    found: set[int] = set()
-    for target in targets:
-        found.update(_touched(target.box, entry.chunk, entry.shape))
-    return sorted(found)
+    return _needed(tuple(target.box for target in targets), entry.chunk, entry.shape)
 
 
 @final
@@ -162,9 +164,16 @@ def _unfinished(url: str) -> str:
     )
 
 
+@lru_cache(maxsize=4096)
+def _needed(boxes: tuple[Box, ...], chunk: tuple[int, ...], shape: tuple[int, ...]) -> Sequence[int]:
+    return sorted({index for box in boxes for index in _touched(box, chunk, shape)})
+
+
 def _touched(box: Box, chunk: tuple[int, ...], shape: tuple[int, ...]) -> list[int]:
     grid = tuple(-(-n // c) for n, c in zip(shape, chunk, strict=True))
-    inside = Box(box.start, tuple(max(min(a + n, s) - a, 0) for a, n, s in zip(box.start, box.shape, shape, strict=True)))
+    inside = Box(
+        box.start, tuple(max(min(a + n, s) - a, 0) for a, n, s in zip(box.start, box.shape, shape, strict=True))
+    )
     return chunks_of_box(inside, chunk, grid).tolist()
 
 
@@ -204,4 +213,3 @@ def _sharding(leaf: ForeignLeaf) -> dict:
         "devices": ids or list(range(int(np.prod(record["shape"])))),
         "spec": record["partition_spec"],
     }
-

@@ -65,7 +65,9 @@ def contains(outer: Box, inner: Box) -> bool:
 
 def grid_cells(box: Box, cell: Sequence[int]) -> Iterator[tuple[int, ...]]:
     """Indices of the cells of a regular grid (cell extents ``cell``, origin zero) that ``box`` touches."""
-    ranges = [range(a // c, -(-(a + n) // c)) if n else range(0) for a, n, c in zip(box.start, box.shape, cell, strict=True)]
+    ranges = [
+        range(a // c, -(-(a + n) // c)) if n else range(0) for a, n, c in zip(box.start, box.shape, cell, strict=True)
+    ]
     return _product(ranges)
 
 

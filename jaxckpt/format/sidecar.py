@@ -178,12 +178,24 @@ def decode_node(record: Any) -> Node:
     if kind in ("list", "tuple"):
         return Node(kind=kind, keys=tuple(range(len(children))), children=children)
     return Node(
-        kind=kind, children=children, keys=tuple(_decode_key(k) for k in record[2]), type=record[3] if len(record) > 3 else ""
+        kind=kind,
+        children=children,
+        keys=tuple(_decode_key(k) for k in record[2]),
+        type=record[3] if len(record) > 3 else "",
     )
 
 
 _TAIL_BYTES = len(b',"crc32c":"00000000"}\n')
-_DEFAULTS = {"dtype": "", "shape": (), "chunk": (), "zstd_level": None, "sharding": -1, "memory_kind": "", "prng_impl": "", "value": None}
+_DEFAULTS = {
+    "dtype": "",
+    "shape": (),
+    "chunk": (),
+    "zstd_level": None,
+    "sharding": -1,
+    "memory_kind": "",
+    "prng_impl": "",
+    "value": None,
+}
 
 
 def _encode_leaf(entry: LeafEntry) -> dict[str, Any]:

@@ -24,7 +24,9 @@ def array_metadata(shape: tuple[int, ...], dtype: str, chunk: tuple[int, ...], z
     if zstd_level is not None:
         codecs.append({"name": "zstd", "configuration": {"level": zstd_level, "checksum": False}})
     codecs.append({"name": "crc32c"})
-    fill: object = [0.0, 0.0] if stored.startswith("complex") else False if stored == "bool" else 0.0 if "float" in stored else 0
+    fill: object = (
+        [0.0, 0.0] if stored.startswith("complex") else False if stored == "bool" else 0.0 if "float" in stored else 0
+    )
     return json.dumps(
         {
             "chunk_grid": {"configuration": {"chunk_shape": list(chunk)}, "name": "regular"},

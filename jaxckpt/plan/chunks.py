@@ -23,7 +23,9 @@ class ChunkRule:
 DEFAULT_RULE = ChunkRule()
 
 
-def chunk_shape(layout: Layout, itemsize: int, *, rule: ChunkRule = DEFAULT_RULE, largest: int | None = None) -> tuple[int, ...]:
+def chunk_shape(
+    layout: Layout, itemsize: int, *, rule: ChunkRule = DEFAULT_RULE, largest: int | None = None
+) -> tuple[int, ...]:
     """The chunk extents for an array of this layout. ``largest`` tightens the rule for one leaf (for balance)."""
     if not all(layout.shape):
         return tuple(max(n, 1) for n in layout.shape)

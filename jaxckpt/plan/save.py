@@ -63,7 +63,9 @@ def plan_save(
     # A replicated leaf may be cut finer than others so that no process writes much more than its share.
     share_bytes = sum(s.size_bytes for s in specs) // (50 * processes)
     chunks = [_chunk(spec, layout, rule, share_bytes) for spec, layout in zip(specs, layouts, strict=True)]
-    grids = [tuple(-(-n // c) for n, c in zip(s.shape, chunk, strict=True)) for s, chunk in zip(specs, chunks, strict=True)]
+    grids = [
+        tuple(-(-n // c) for n, c in zip(s.shape, chunk, strict=True)) for s, chunk in zip(specs, chunks, strict=True)
+    ]
     sizes = [int(np.prod(chunk, dtype=np.int64)) * s.itemsize for s, chunk in zip(specs, chunks, strict=True)]
 
     loads = np.zeros(processes, np.int64)

@@ -55,6 +55,7 @@ def layout_of(sharding: Sharding | None, shape: tuple[int, ...], *, devices_per_
     return _from_devices(sharding, shape)
 
 
+@lru_cache(maxsize=4096)
 def device_boxes(sharding: Sharding, shape: tuple[int, ...]) -> dict[jax.Device, Box]:
     """The box of each device of this process."""
     return {d: from_index(i, shape) for d, i in sharding.addressable_devices_indices_map(shape).items()}
@@ -97,7 +98,11 @@ def _named_pattern(mesh: Mesh | AbstractMesh, spec: PartitionSpec, ndim: int, de
     axis = dict(zip(names, coords, strict=True))
     blocks, index = [], []
     for entry in spec:
-        axes = () if entry is None or entry is PartitionSpec.UNCONSTRAINED else (entry if isinstance(entry, tuple) else (entry,))
+        axes = (
+            ()
+            if entry is None or entry is PartitionSpec.UNCONSTRAINED
+            else (entry if isinstance(entry, tuple) else (entry,))
+        )
         place = np.zeros(coords.shape[1], np.int64)
         for name in axes:
             place = place * sizes[name] + axis[name]
@@ -129,9 +134,9 @@ def _pattern(blocks: tuple[int, ...], where: np.ndarray, process: np.ndarray) ->
     if merged:
         distinct = np.unique(np.concatenate([lo, hi], axis=1), axis=0)
         # Boxes of different processes may overlap without being equal: then blocks are the only common pieces.
-        merged = int(np.prod(distinct[:, len(blocks) :] - distinct[:, : len(blocks)], axis=1, dtype=np.int64).sum()) == len(
-            np.unique(block)
-        )
+        merged = int(
+            np.prod(distinct[:, len(blocks) :] - distinct[:, : len(blocks)], axis=1, dtype=np.int64).sum()
+        ) == len(np.unique(block))
     if not merged:
         lo, hi, starts = place, place + 1, np.arange(len(owner))
     return _group(blocks, lo, hi, owner[starts])
@@ -172,7 +177,11 @@ def _from_devices(sharding: Sharding, shape: tuple[int, ...]) -> Layout:
     found = _group(shape, pairs[:, :ndim], pairs[:, ndim : 2 * ndim], pairs[:, -1])
     # The array's own edge need not be on the grid.
     cell = tuple(
-        int(np.gcd.reduce([e for e in np.r_[found.lo[:, d], found.hi[:, d]].tolist() if e not in (0, shape[d])] or [shape[d]]))
+        int(
+            np.gcd.reduce(
+                [e for e in np.r_[found.lo[:, d], found.hi[:, d]].tolist() if e not in (0, shape[d])] or [shape[d]]
+            )
+        )
         for d in range(ndim)
     )
     extent = tuple(int(x) for x in (found.hi - found.lo).max(axis=0)) if len(owner) else shape

@@ -1,5 +1,7 @@
 """Any TensorStore key-value store as a store: s3://, gs://, memory://. Puts are atomic, nothing is renamed."""
 
+# ruff: noqa: D102 - the interface says what the methods do
+
 from typing import Any, final
 
 import numpy as np
@@ -78,12 +80,18 @@ class KvStore(AbstractStore):
     def kvstore_spec(self) -> dict[str, object]:
         return dict(self._spec)
 
+    @property
+    def context(self) -> ts.Context:
+        return _CONTEXT
+
     def _get(self, name: str) -> bytes | None:
         found = self._call("read", name, lambda: self._kv.read(name))
         return None if found.state == "missing" else found.value
 
     def _range(self, name: str, start: int, stop: int | None) -> bytes:
-        if start == stop:
+        if start == stop:  # TensorStore takes no empty range
+            if not self.exists(name):
+                raise NotFoundError(f"{self.url}{name} does not exist.")
             return b""
         try:
             found = self._kv.read(name, byte_range=slice(start, stop)).result()

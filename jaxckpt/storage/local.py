@@ -1,7 +1,10 @@
 """Local files and shared folders (NFS and the like): plain system calls, no copy, fsync of files and of their names."""
 
+# ruff: noqa: D102 - the interface says what the methods do
+
+import contextlib
+import errno
 import os
-import shutil
 import threading
 from collections import OrderedDict
 from pathlib import Path
@@ -25,7 +28,7 @@ class LocalStore(AbstractStore):
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
         self.root = os.path.abspath(root)
-        self.url = Path(self.root).as_uri().rstrip("/") + "/"
+        self.url = Path(self.root, "x").as_uri()[:-1]
         self.parallel_io = min(4, max(2, os.cpu_count() or 1))
         self._files = _OpenFiles()
         self._unsynced: set[str] = set()
@@ -59,10 +62,11 @@ class LocalStore(AbstractStore):
         except OSError as error:
             _unlink(temporary)
             raise self._failed("write", name, error) from error
+        self._files.forget(path)
         self.sync()
 
     def write_all(self, objects: dict[str, bytes]) -> None:
-        """Replace several objects in order; each is durable before the next one becomes visible."""
+        """Replace several objects in order; the bytes of all are durable before the first one becomes visible."""
         staged = []
         try:
             for name, data in objects.items():
@@ -74,6 +78,7 @@ class LocalStore(AbstractStore):
             self.sync()
             for _, temporary, path in staged:
                 os.replace(temporary, path)
+                self._files.forget(path)
             for folder in {os.path.dirname(path) for _, _, path in staged}:
                 _sync_folder(folder)
         except OSError as error:
@@ -120,11 +125,25 @@ class LocalStore(AbstractStore):
         return _LocalWriter(self, name, path, fd)
 
     def names(self, prefix: str = "") -> list[str]:
-        found = []
-        for folder, _, names in os.walk(self.root):
-            base = os.path.relpath(folder, self.root).replace(os.sep, "/")
-            found += [name if base == "." else f"{base}/{name}" for name in names if not name.startswith(_TEMPORARY)]
-        return sorted(name for name in found if name.startswith(prefix))
+        found: list[str] = []
+        pending = [prefix.rpartition("/")[0]]
+        while pending:
+            folder = pending.pop()
+            base = f"{folder}/" if folder else ""
+            try:
+                with os.scandir(self._path(folder)) as entries:
+                    for entry in entries:
+                        name = f"{base}{entry.name}"
+                        if entry.is_dir():
+                            if f"{name}/".startswith(prefix) and not entry.is_symlink():  # links may go in circles
+                                pending.append(name)
+                        elif name.startswith(prefix) and not entry.name.startswith(_TEMPORARY):
+                            found.append(name)
+            except (FileNotFoundError, NotADirectoryError):
+                continue  # never there, or deleted meanwhile
+            except OSError as error:
+                raise self._failed("list", folder, error) from error
+        return sorted(found)
 
     def folders(self) -> list[str]:
         try:
@@ -143,20 +162,19 @@ class LocalStore(AbstractStore):
             return
         except OSError as error:
             raise self._failed("delete", name, error) from error
+        finally:
+            self._files.forget(self._path(name))
 
     def delete_prefix(self, prefix: str) -> None:
         self._files.close()
+        folder, _, start = prefix.rpartition("/")
         try:
-            if prefix == "" or prefix.endswith("/"):
-                shutil.rmtree(self._path(prefix.rstrip("/")) if prefix else self.root)
-            else:
-                for name in self.names(prefix):
-                    os.unlink(self._path(name))
-                for folder in self.folders():
-                    if f"{folder}/".startswith(prefix):
-                        shutil.rmtree(self._path(folder))
-        except FileNotFoundError:
-            return
+            if start:
+                for name in _entries(self._path(folder)):
+                    if name.startswith(start):
+                        _remove(os.path.join(self._path(folder), name))
+            elif os.path.isdir(self._path(folder)):
+                _remove(self._path(folder))
         except OSError as error:
             raise self._failed("delete", prefix, error) from error
 
@@ -193,7 +211,7 @@ class LocalStore(AbstractStore):
                 os.mkdir(path)
             except FileExistsError:
                 if not os.path.isdir(path):
-                    raise
+                    raise NotADirectoryError(errno.ENOTDIR, f"{path} is not a folder") from None
             with self._lock:
                 self._unsynced.update((path, os.path.dirname(path)))
 
@@ -220,7 +238,7 @@ class LocalStore(AbstractStore):
         return CorruptionError(f"{self.url}{name} is too short: bytes {start} to {stop} were wanted, it has {size}.")
 
     def _failed(self, verb: str, name: str, error: OSError) -> Exception:
-        if isinstance(error, FileNotFoundError) and verb == "read":
+        if isinstance(error, (FileNotFoundError, IsADirectoryError, NotADirectoryError)) and verb == "read":
             return NotFoundError(f"{self.url}{name} does not exist.")
         failure = StorageError(f"Could not {verb} {self.url}{name}: {error.strerror or error}")
         failure.errno = error.errno
@@ -247,12 +265,21 @@ class _LocalWriter(AbstractDataWriter):
         except OSError as error:
             raise self._store._failed("sync", self.name, error) from error
         finally:
-            os.close(self._fd)
+            self._close_file()
         return self._size
 
     def abort(self) -> None:
-        os.close(self._fd)
+        self._close_file()
         _unlink(self._path)
+
+    def __del__(self) -> None:
+        self._close_file()
+
+    def _close_file(self) -> None:
+        # Once only: the number may belong to another file by the second time.
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
 
 
 class _OpenFiles:
@@ -274,12 +301,19 @@ class _OpenFiles:
             except OSError as error:
                 raise store._failed("read", name, error) from error
             # Data files are never rewritten; others may be replaced under us, so their descriptors are not kept.
-            found = _Shared(fd, self._lock, kept="/d/" in path)
+            found = _Shared(fd, self._lock, kept=os.path.basename(os.path.dirname(name)) == "d")
             if found.kept:
                 self._open[path] = found
                 while len(self._open) > OPEN_FILES:
                     self._open.popitem(last=False)[1].drop()
             return found
+
+    def forget(self, path: str) -> None:
+        """What is at this path from now on is another file, or none."""
+        with self._lock:
+            found = self._open.pop(path, None)
+            if found is not None:
+                found.drop()
 
     def close(self) -> None:
         with self._lock:
@@ -332,7 +366,24 @@ def _sync_folder(folder: str) -> None:
 
 
 def _unlink(path: str) -> None:
-    try:
+    """Clean up as far as possible: what failed before matters more, and readers pass temporary files by."""
+    with contextlib.suppress(OSError):
         os.unlink(path)
-    except FileNotFoundError:
-        return
+
+
+def _entries(folder: str) -> list[str]:
+    try:
+        return os.listdir(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def _remove(path: str) -> None:
+    """Delete a file or a folder with all that is in it, also while others do the same."""
+    with contextlib.suppress(FileNotFoundError):
+        if os.path.islink(path) or not os.path.isdir(path):
+            os.unlink(path)
+            return
+        for name in os.listdir(path):
+            _remove(os.path.join(path, name))
+        os.rmdir(path)

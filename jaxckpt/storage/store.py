@@ -1,8 +1,12 @@
 """The interface of a store: named objects under one root. Names are relative paths joined by '/'."""
 
 import abc
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    import tensorstore as ts
 
 
 class AbstractDataWriter(abc.ABC):
@@ -71,7 +75,7 @@ class AbstractStore(abc.ABC):
 
     @abc.abstractmethod
     def delete_prefix(self, prefix: str) -> None:
-        """Remove all objects whose names start with ``prefix``, and the folders that this leaves empty."""
+        """Remove all objects whose names start with ``prefix``, and the folders whose names do."""
 
     @abc.abstractmethod
     def sync(self) -> None:
@@ -83,7 +87,15 @@ class AbstractStore(abc.ABC):
 
     @abc.abstractmethod
     def kvstore_spec(self) -> dict[str, object]:
-        """The root as a TensorStore key-value store specification; its path ends with '/'."""
+        """The root as a TensorStore key-value store specification; its path ends with '/'. Open it in ``context``."""
+
+    @property
+    def context(self) -> "ts.Context | None":
+        """The TensorStore context of ``kvstore_spec``, or the parent of the one to open it in; None where any will do.
+
+        Example: ``ts.open({"driver": "zarr3", "kvstore": store.kvstore_spec()}, context=store.context)``.
+        """
+        return None
 
     def write_all(self, objects: dict[str, bytes]) -> None:
         """Replace several objects, in order; durable when it returns."""

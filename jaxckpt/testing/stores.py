@@ -4,11 +4,14 @@ import abc
 import threading
 from collections import Counter
 from collections.abc import Callable
-from typing import TypeVar, final
+from typing import TYPE_CHECKING, TypeVar, final
 
 import numpy as np
 
 from jaxckpt.storage.store import AbstractDataWriter, AbstractStore
+
+if TYPE_CHECKING:
+    import tensorstore as ts
 
 _T = TypeVar("_T")
 _MUTATIONS = frozenset({"write", "create", "open_data", "append", "close", "delete", "delete_prefix"})
@@ -89,6 +92,11 @@ class _WrappedStore(AbstractStore):
     def kvstore_spec(self) -> dict[str, object]:
         """Of the real store: what TensorStore does with it passes the wrapper by."""
         return self.store.kvstore_spec()
+
+    @property
+    def context(self) -> "ts.Context | None":
+        """Of the real store."""
+        return self.store.context
 
     def _on(self, operation: str, name: str, size_bytes: int, action: Callable[[], _T]) -> _T:
         return self._call(operation, f"{self._prefix}{name}", size_bytes, action)

@@ -30,7 +30,7 @@ class Arena:
             buffer = self._idle.pop() if self._idle else None
         if buffer is None:
             buffer = aligned(self.buffer_bytes)
-            buffer[:: 4096] = 0  # touch every page
+            buffer[::4096] = 0  # touch every page
         try:
             yield buffer
         finally:

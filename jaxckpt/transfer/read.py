@@ -7,13 +7,13 @@ into it; any other goes through a warm buffer.
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import NamedTuple, Protocol
 
-import google_crc32c
 import numpy as np
 
 from jaxckpt.core.box import Box, cell_box, intersect
+from jaxckpt.core.checksum import crc32c
 from jaxckpt.core.errors import CorruptionError, NotFoundError
 from jaxckpt.transfer.arena import ARENA
 from jaxckpt.transfer.upload import Target
@@ -81,7 +81,7 @@ def read_chunks(
 
 def check(chunk: ChunkRead, name: str, data: np.ndarray) -> None:
     """Raise unless these bytes (without the stored checksum) are the ones that were saved."""
-    found = google_crc32c.extend(0, data)
+    found = crc32c(data)
     if found != chunk.crc32c:
         raise CorruptionError(
             f'Leaf "{name}", chunk {chunk.index}: the bytes at {chunk.file}[{chunk.offset}:{chunk.offset + chunk.length}] '
@@ -166,7 +166,7 @@ def _placements(boxes: tuple[Box, ...], shape: tuple[int, ...], chunk: tuple[int
     """chunk index -> [(target, slices of the target, slices of the chunk or None for all)]; whole chunks first."""
     grid = tuple(-(-n // c) for n, c in zip(shape, chunk, strict=True))
 
-    @lru_cache(maxsize=None)
+    @cache
     def placed(index: int) -> list[tuple[int, tuple[slice, ...], tuple[slice, ...] | None]]:
         place = tuple(int(i) for i in np.unravel_index(index, grid)) if grid else ()
         held = cell_box(place, chunk, shape)

@@ -6,7 +6,9 @@ Either way the finished array owns its memory and can be donated.
 """
 
 import ctypes
+import math
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import jax
@@ -31,7 +33,9 @@ class Target(NamedTuple):
 class Destination:
     """Where one leaf's bytes go: fill all targets, then call ``finish`` once."""
 
-    def __init__(self, *, staged_bytes: int, targets: Callable[[], tuple[Target, ...]], finish: Callable[[], Any]) -> None:
+    def __init__(
+        self, *, staged_bytes: int, targets: Callable[[], tuple[Target, ...]], finish: Callable[[], Any]
+    ) -> None:
         self.staged_bytes = staged_bytes  # host memory beyond the finished array
         self.finish = finish
         self._targets = targets
@@ -44,7 +48,9 @@ class Destination:
 def host_destination(shape: tuple[int, ...], dtype: np.dtype, *, zero: bool = False) -> Destination:
     """A numpy array. ``zero``: elements that nobody fills are zero."""
     array = (np.zeros if zero else np.empty)(shape, dtype)
-    targets = (Target(whole(shape), array.view(mover(dtype)) if shape else array.reshape(1).view(mover(dtype)).reshape(())),)
+    targets = (
+        Target(whole(shape), array.view(mover(dtype)) if shape else array.reshape(1).view(mover(dtype)).reshape(())),
+    )
     return Destination(staged_bytes=0, targets=lambda: targets, finish=lambda: array)
 
 
@@ -75,7 +81,9 @@ def _staged(
     cast: np.dtype | None,
     zero: bool,
 ) -> Destination:
-    buffers = {box: _unaliasable(box.shape, dtype) for box in boxes.values()}
+    around = _around(tuple(boxes.values()))
+    whole_boxes = (around,) if around is not None else tuple(dict.fromkeys(boxes.values()))
+    buffers = {box: _unaliasable(box.shape, dtype) for box in whole_boxes}
     if zero:
         for buffer in buffers.values():
             buffer.view(mover(dtype))[...] = 0
@@ -85,14 +93,33 @@ def _staged(
         ready = buffers if cast is None else {box: buffer.astype(cast) for box, buffer in buffers.items()}
         if len(boxes) == 1 and sharding.is_fully_addressable:
             return jax.device_put(next(iter(ready.values())), sharding, may_alias=False)
-        return jax.make_array_from_callback(shape, sharding, lambda i: ready[from_index(i, shape)], dtype=cast or dtype)
+        if around is not None and around.shape == shape:
+            return jax.make_array_from_callback(shape, sharding, ready[around].__getitem__, dtype=cast or dtype)
+        pieces = {
+            box: ready[box] if around is None else ready[around][box.slices(around.start)] for box in boxes.values()
+        }
+        return jax.make_array_from_callback(
+            shape, sharding, lambda i: pieces[from_index(i, shape)], dtype=cast or dtype
+        )
 
     return Destination(staged_bytes=sum(b.nbytes for b in buffers.values()), targets=lambda: targets, finish=finish)
 
 
+@lru_cache(maxsize=1024)
+def _around(boxes: tuple[Box, ...]) -> Box | None:
+    """The one box that these fill together, if there is one: then one buffer does for all."""
+    distinct = set(boxes)
+    if not distinct:
+        return None
+    start = tuple(min(box.start[d] for box in distinct) for d in range(len(boxes[0].start)))
+    stop = tuple(max(box.start[d] + box.shape[d] for box in distinct) for d in range(len(boxes[0].start)))
+    around = Box(start, tuple(b - a for a, b in zip(start, stop, strict=True)))
+    return around if around.size == sum(box.size for box in distinct) else None
+
+
 def _unaliasable(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     """A host array that XLA must copy: on CPU it would adopt a 64-byte aligned one, which then cannot be donated."""
-    size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    size = math.prod(shape) * dtype.itemsize
     raw = np.empty(size + 2 * _ALIGNMENT, np.uint8)
     skip = -raw.ctypes.data % _ALIGNMENT + _ALIGNMENT // 4
     return raw[skip : skip + size].view(dtype).reshape(shape)
@@ -104,7 +131,9 @@ def _in_place(shape: tuple[int, ...], dtype: np.dtype, sharding: Sharding, boxes
 
     def targets() -> tuple[Target, ...]:
         jax.block_until_ready(arrays)
-        return tuple(Target(box, _memory(array, dtype, box.shape)) for box, array in zip(boxes.values(), arrays, strict=True))
+        return tuple(
+            Target(box, _memory(array, dtype, box.shape)) for box, array in zip(boxes.values(), arrays, strict=True)
+        )
 
     def finish() -> jax.Array:
         return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
@@ -133,4 +162,6 @@ def _zeros(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 def _is_plain_cpu(sharding: Sharding) -> bool:
     device = next(iter(sharding.addressable_devices), None)
-    return device is not None and device.platform == "cpu" and sharding.memory_kind in (None, device.default_memory().kind)
+    return (
+        device is not None and device.platform == "cpu" and sharding.memory_kind in (None, device.default_memory().kind)
+    )

@@ -8,13 +8,13 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Protocol
 
-import google_crc32c
 import numpy as np
 
 from jaxckpt.core.box import Box, cell_box, contains, intersect
+from jaxckpt.core.checksum import crc32c
 from jaxckpt.core.dtypes import mover
 from jaxckpt.plan.save import SavePlan
 from jaxckpt.transfer.arena import ALIGNMENT, ARENA
@@ -45,7 +45,6 @@ class Written:
     offset: np.ndarray
     length: np.ndarray
     crc32c: np.ndarray
-
 
 
 def write_chunks(
@@ -98,7 +97,13 @@ class _Worker:
     """One thread's data file, its write buffer and the rows it has produced."""
 
     def __init__(self, open_file, plan, pieces, encoders, file_bytes) -> None:
-        self._open, self._plan, self._pieces, self._encoders, self._file_bytes = open_file, plan, pieces, encoders, file_bytes
+        self._open, self._plan, self._pieces, self._encoders, self._file_bytes = (
+            open_file,
+            plan,
+            pieces,
+            encoders,
+            file_bytes,
+        )
         self._file: DataWriter | None = None
         self._end = 0  # bytes in the file and in the buffer
         self.files: list[str] = []
@@ -155,7 +160,7 @@ class _Worker:
         return self._fill
 
     def _buffered(self, leaf: int, index: int, start: int, size: int) -> None:
-        crc = google_crc32c.extend(0, self._buffer[start : start + size])
+        crc = crc32c(self._buffer[start : start + size])
         stop = start + size
         self._buffer[stop : stop + 4] = np.frombuffer(crc.to_bytes(4, "little"), np.uint8)
         self._row(leaf, index, size + 4, crc)
@@ -164,7 +169,7 @@ class _Worker:
 
     def _direct(self, leaf: int, index: int, data: np.ndarray) -> None:
         self._flush()
-        crc = google_crc32c.extend(0, data)
+        crc = crc32c(data)
         self._row(leaf, index, len(data) + 4, crc)
         file = self._current()
         file.append(data)
@@ -182,7 +187,12 @@ class _Worker:
             self._fill = 0
 
     def _current(self) -> DataWriter:
-        if self._file is not None and self._file_bytes is not None and self._fill == 0 and self._end >= self._file_bytes:
+        if (
+            self._file is not None
+            and self._file_bytes is not None
+            and self._fill == 0
+            and self._end >= self._file_bytes
+        ):
             self.finish()
         if self._file is None:
             self._file, self._end = self._open(), 0
@@ -214,14 +224,16 @@ def _chunk_bytes(plan: SavePlan, pieces: list[list[Piece]], leaf: int) -> int:
 
 
 def _shape(pieces: list[Piece]) -> tuple[int, ...]:
-    return tuple(max(piece.box.start[d] + piece.box.shape[d] for piece in pieces) for d in range(len(pieces[0].box.shape)))
+    return tuple(
+        max(piece.box.start[d] + piece.box.shape[d] for piece in pieces) for d in range(len(pieces[0].box.shape))
+    )
 
 
 @lru_cache(maxsize=1024)
 def _recipe(boxes: tuple[Box, ...], chunk: tuple[int, ...], grid: tuple[int, ...], edge: tuple[int, ...]):
     """For chunk index -> ([(piece, slices of the piece, slices of the chunk)], padded); the same for like-shaped leaves."""
 
-    @lru_cache(maxsize=None)
+    @cache
     def parts(index: int) -> tuple[list[tuple[int, tuple[slice, ...], tuple[slice, ...]]], bool]:
         place = tuple(int(i) for i in np.unravel_index(index, grid)) if grid else ()
         want = cell_box(place, chunk, edge)

@@ -1,0 +1,41 @@
+"""jaxckpt: the checkpoint lifecycle for JAX and Flax. See README.md for the map."""
+
+from jaxckpt.checkpoint.inspect import diff as diff
+from jaxckpt.checkpoint.inspect import inspect as inspect
+from jaxckpt.checkpoint.lineage import Lineage as Lineage
+from jaxckpt.checkpoint.pending import PendingSave as PendingSave
+from jaxckpt.checkpoint.restore import on_host as on_host
+from jaxckpt.checkpoint.restore import restore as restore
+from jaxckpt.checkpoint.save import save as save
+from jaxckpt.checkpoint.save import save_async as save_async
+from jaxckpt.checkpoint.verify import verify as verify
+from jaxckpt.core.errors import AlreadyExistsError as AlreadyExistsError
+from jaxckpt.core.errors import CheckpointError as CheckpointError
+from jaxckpt.core.errors import CoordinationError as CoordinationError
+from jaxckpt.core.errors import CorruptionError as CorruptionError
+from jaxckpt.core.errors import MismatchError as MismatchError
+from jaxckpt.core.errors import NotCommittedError as NotCommittedError
+from jaxckpt.core.errors import NotFoundError as NotFoundError
+from jaxckpt.storage.url import StorageOptions as StorageOptions
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AlreadyExistsError",
+    "CheckpointError",
+    "CoordinationError",
+    "CorruptionError",
+    "Lineage",
+    "MismatchError",
+    "NotCommittedError",
+    "NotFoundError",
+    "PendingSave",
+    "StorageOptions",
+    "diff",
+    "inspect",
+    "on_host",
+    "restore",
+    "save",
+    "save_async",
+    "verify",
+]

@@ -1,0 +1,1 @@
+"""The ``jaxckpt`` command."""
