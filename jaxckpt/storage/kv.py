@@ -96,11 +96,13 @@ class KvStore(AbstractStore):
         try:
             found = self._kv.read(name, byte_range=slice(start, stop)).result()
         except (ValueError, OSError, RuntimeError) as error:
-            if not self.exists(name):
-                raise NotFoundError(f"{self.url}{name} does not exist.") from error
-            if "OUT_OF_RANGE" in str(error) or "outside valid range" in str(error) or "416" in str(error):
-                raise CorruptionError(f"{self.url}{name} is too short: bytes {start} to {stop} were wanted.") from error
-            raise self._failed("read", name, error) from error
+            # Not a search in the text: addresses and ids of requests may hold any number.
+            if not str(error).startswith("OUT_OF_RANGE"):
+                raise self._failed("read", name, error) from error
+            data = self.read(name) if stop is None else None  # rare, and nothing else tells an object's size
+            if data is not None and len(data) == start:
+                return b""
+            raise CorruptionError(f"{self.url}{name} is too short: bytes {start} to {stop} were wanted.") from error
         if found.state == "missing":
             raise NotFoundError(f"{self.url}{name} does not exist.")
         if stop is not None and len(found.value) != stop - start:

