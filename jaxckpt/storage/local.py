@@ -5,6 +5,7 @@
 import contextlib
 import errno
 import os
+import stat
 import threading
 from collections import OrderedDict
 from pathlib import Path
@@ -49,7 +50,13 @@ class LocalStore(AbstractStore):
             self._fill(fd, name, start, memoryview(out))
 
     def exists(self, name: str) -> bool:
-        return os.path.isfile(self._path(name))
+        # Not os.path.isfile: "not permitted" is no "no".
+        try:
+            return stat.S_ISREG(os.stat(self._path(name)).st_mode)
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        except OSError as error:
+            raise self._failed("look at", name, error) from error
 
     def write(self, name: str, data: bytes) -> None:
         path = self._path(name)

@@ -55,7 +55,11 @@ class AbstractStore(abc.ABC):
 
     @abc.abstractmethod
     def create(self, name: str, data: bytes) -> bool:
-        """Create an object if there is none; False if there was. Durable when it returns."""
+        """Create an object if there is none; False if there was. Durable when it returns.
+
+        An object store may lose its answer and be asked again, and then finds our own bytes. Bytes that nobody else
+        would write should say so by the words ``write-id`` in them: they count as created when they are what is there.
+        """
 
     @abc.abstractmethod
     def open_data(self, name: str) -> AbstractDataWriter:
