@@ -1,5 +1,6 @@
 """Restore a checkpoint: onto any mesh and number of processes, into numpy, whole or in part."""
 
+import math
 import os
 import time
 from collections.abc import Callable
@@ -8,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Sharding
 
+from jaxckpt.checkpoint.exchange import fill_together
 from jaxckpt.checkpoint.leaves import plain_value
 from jaxckpt.checkpoint.match import Differences, Only, Places, prune, raise_on
 from jaxckpt.checkpoint.place import Want, default_sharding, saved_sharding, want_like
@@ -161,13 +163,21 @@ def _fetch(source: Source, wants: list[Want]) -> tuple[list[Any], int]:
             continue
         job = _Job(want, place, _destination(source, want))
         batch.append(job)
-        staged += job.destination.staged_bytes
+        staged += _batch_bytes(source, job)
         if staged >= STAGING_BYTES:
             read_bytes += _fill(source, batch, results)
             batch, staged = [], 0
     if batch:
         read_bytes += _fill(source, batch, results)
     return results, read_bytes
+
+
+def _batch_bytes(source: Source, job: _Job) -> int:
+    """What a value adds to its batch. All processes must cut their batches alike, so there the whole leaf counts."""
+    if jax.process_count() == 1:
+        return job.destination.staged_bytes
+    entry = source.leaves[job.want.leaf]
+    return math.prod(entry.shape) * dtype_of(entry.dtype).itemsize // 4
 
 
 def _destination(source: Source, want: Want) -> Destination:
@@ -184,8 +194,6 @@ def _fill(source: Source, batch: list[_Job], results: list[Any]) -> int:
     for job in batch:
         targets[job.want.leaf] = targets.get(job.want.leaf, ()) + job.destination.targets()
     if jax.process_count() > 1 and isinstance(source, OwnSource):
-        from jaxckpt.checkpoint.exchange import fill_together
-
         read_bytes = fill_together(source, targets, [job.want for job in batch])
     else:
         read_bytes = source.fill(targets)

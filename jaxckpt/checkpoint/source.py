@@ -1,6 +1,6 @@
 """An opened checkpoint to read from: ours, through the sidecar, or another library's, through TensorStore."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from typing import Protocol, final
@@ -92,14 +92,19 @@ class OwnSource:
         ]
         return self.read(chunks, reads)
 
-    def read(self, chunks: list[ChunkRead], reads: dict[int, LeafRead]) -> int:
-        """Read these chunks into the targets of their leaves."""
+    def read(
+        self,
+        chunks: list[ChunkRead],
+        reads: dict[int, LeafRead],
+        sink: Callable[[ChunkRead, np.ndarray], None] | None = None,
+    ) -> int:
+        """Read these chunks into the targets of their leaves, or hand their stored bytes to ``sink``."""
         chunks.sort(key=lambda chunk: (chunk.file, chunk.offset))
         size = sum(chunk.length for chunk in chunks)
         local = self.store.data_file_bytes is None
         threads = self.store.parallel_io if size > 2 * LOCAL_RUN_BYTES or not local else 1
         run_bytes = LOCAL_RUN_BYTES if local else REMOTE_RUN_BYTES
-        return read_chunks(self.store, chunks, reads, threads=threads, run_bytes=run_bytes)
+        return read_chunks(self.store, chunks, reads, threads=threads, run_bytes=run_bytes, sink=sink)
 
     def leaf_read(self, leaf: int, targets: tuple[Target, ...]) -> LeafRead:
         """What the reader needs to know of a leaf."""

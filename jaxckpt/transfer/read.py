@@ -51,14 +51,22 @@ class LeafRead(NamedTuple):
 
 
 def read_chunks(
-    reader: Reader, chunks: Sequence[ChunkRead], leaves: dict[int, LeafRead], *, threads: int, run_bytes: int
+    reader: Reader,
+    chunks: Sequence[ChunkRead],
+    leaves: dict[int, LeafRead],
+    *,
+    threads: int,
+    run_bytes: int,
+    sink: Callable[[ChunkRead, np.ndarray], None] | None = None,
 ) -> int:
     """Read these chunks (sorted by file and offset) into the targets of their leaves; returns the bytes read.
+
+    With a ``sink``, it gets the checked bytes of each chunk as they are stored, and targets are not used.
 
     Raises:
         CorruptionError: a chunk is not what was saved, or its file is missing or too short; names leaf, chunk, file.
     """
-    runs = _runs(chunks, leaves, run_bytes)
+    runs = _runs(chunks, run_bytes)
     total = [0] * threads
     lock = threading.Lock()
 
@@ -68,7 +76,7 @@ def read_chunks(
                 run = next(runs, None)
             if run is None:
                 return
-            total[worker] += _read_run(reader, run, leaves)
+            total[worker] += _read_run(reader, run, leaves, sink)
 
     if threads == 1 or len(chunks) == 1:
         drain(0)
@@ -90,7 +98,7 @@ def check(chunk: ChunkRead, name: str, data: np.ndarray) -> None:
         )
 
 
-def _runs(chunks: Sequence[ChunkRead], leaves: dict[int, LeafRead], run_bytes: int) -> Iterator[list[ChunkRead]]:
+def _runs(chunks: Sequence[ChunkRead], run_bytes: int) -> Iterator[list[ChunkRead]]:
     run: list[ChunkRead] = []
     for chunk in chunks:
         if run:
@@ -105,9 +113,14 @@ def _runs(chunks: Sequence[ChunkRead], leaves: dict[int, LeafRead], run_bytes: i
         yield run
 
 
-def _read_run(reader: Reader, run: list[ChunkRead], leaves: dict[int, LeafRead]) -> int:
+def _read_run(
+    reader: Reader,
+    run: list[ChunkRead],
+    leaves: dict[int, LeafRead],
+    sink: Callable[[ChunkRead, np.ndarray], None] | None,
+) -> int:
     first, last = run[0], run[-1]
-    if len(run) == 1 and (direct := _direct_target(first, leaves[first.leaf])) is not None:
+    if sink is None and len(run) == 1 and (direct := _direct_target(first, leaves[first.leaf])) is not None:
         _fetch(reader, first, leaves[first.leaf].name, direct)
         check(first, leaves[first.leaf].name, direct)
         _scatter(leaves[first.leaf], first.index, direct.view(leaves[first.leaf].dtype), skip_first=True)
@@ -120,7 +133,10 @@ def _read_run(reader: Reader, run: list[ChunkRead], leaves: dict[int, LeafRead])
             start = chunk.offset - first.offset
             data = buffer[start : start + chunk.length - 4]
             check(chunk, leaf.name, data)
-            deliver(leaf, chunk.index, data)
+            if sink is None:
+                deliver(leaf, chunk.index, data)
+            else:
+                sink(chunk, data)
     return size
 
 

@@ -90,7 +90,7 @@ def _staged(
     targets = tuple(Target(box, buffer.view(mover(dtype))) for box, buffer in buffers.items())
 
     def finish() -> jax.Array:
-        ready = buffers if cast is None else {box: buffer.astype(cast) for box, buffer in buffers.items()}
+        ready = buffers if cast is None else {box: _cast(buffer, cast) for box, buffer in buffers.items()}
         if len(boxes) == 1 and sharding.is_fully_addressable:
             return jax.device_put(next(iter(ready.values())), sharding, may_alias=False)
         if around is not None and around.shape == shape:
@@ -118,11 +118,15 @@ def _around(boxes: tuple[Box, ...]) -> Box | None:
 
 
 def _unaliasable(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """A host array that XLA must copy: on CPU it would adopt a 64-byte aligned one, which then cannot be donated."""
+    """A host array that XLA must copy: on CPU it would adopt an aligned one, which could then not be donated."""
     size = math.prod(shape) * dtype.itemsize
-    raw = np.empty(size + 2 * _ALIGNMENT, np.uint8)
-    skip = -raw.ctypes.data % _ALIGNMENT + _ALIGNMENT // 4
-    return raw[skip : skip + size].view(dtype).reshape(shape)
+    return _misaligned(np.empty(size + 2 * _ALIGNMENT, np.uint8), size).view(dtype).reshape(shape)
+
+
+def _cast(buffer: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    out = _unaliasable(buffer.shape, dtype)
+    out[...] = buffer.astype(dtype)
+    return out
 
 
 def _in_place(shape: tuple[int, ...], dtype: np.dtype, sharding: Sharding, boxes: dict[jax.Device, Box]) -> Destination:
@@ -151,13 +155,20 @@ _ZERO_BYTES = np.zeros(0, np.uint8)
 
 
 def _zeros(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """Zeros that cost no memory: untouched pages of one allocation, shared by all."""
+    """Zeros that cost no memory (untouched pages of one allocation, shared by all) and that XLA must copy."""
     global _ZERO_BYTES
-    size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    size = math.prod(shape) * dtype.itemsize
     if size > _ZERO_BYTES.nbytes:
-        _ZERO_BYTES = np.zeros(size, np.uint8)
-        _ZERO_BYTES.flags.writeable = False
+        raw = np.zeros(size + 2 * _ALIGNMENT, np.uint8)
+        raw.flags.writeable = False
+        _ZERO_BYTES = _misaligned(raw, size)
     return _ZERO_BYTES[:size].view(dtype).reshape(shape)
+
+
+def _misaligned(raw: np.ndarray, size: int) -> np.ndarray:
+    # XLA adopts 64-byte aligned host memory on CPU, also when told may_alias=False (seen with jax 0.10 and 0.12).
+    skip = -raw.ctypes.data % _ALIGNMENT + _ALIGNMENT // 4
+    return raw[skip : skip + size]
 
 
 def _is_plain_cpu(sharding: Sharding) -> bool:
