@@ -3,6 +3,7 @@
 Every process runs this on the same shardings and gets the same answer, so nothing is communicated.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -24,11 +25,6 @@ class ArraySpec:
     shape: tuple[int, ...]
     itemsize: int
     sharding: Sharding | None
-
-    @property
-    def size_bytes(self) -> int:
-        """Bytes of the whole array."""
-        return int(np.prod(self.shape, dtype=np.int64)) * self.itemsize
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,12 +57,15 @@ def plan_save(
     """
     layouts = [layout_of(s.sharding, s.shape, devices_per_process=devices_per_process) for s in specs]
     # A replicated leaf may be cut finer than others so that no process writes much more than its share.
-    share_bytes = sum(s.size_bytes for s in specs) // (50 * processes)
-    chunks = [_chunk(spec, layout, rule, share_bytes) for spec, layout in zip(specs, layouts, strict=True)]
-    grids = [
-        tuple(-(-n // c) for n, c in zip(s.shape, chunk, strict=True)) for s, chunk in zip(specs, chunks, strict=True)
-    ]
-    sizes = [int(np.prod(chunk, dtype=np.int64)) * s.itemsize for s, chunk in zip(specs, chunks, strict=True)]
+    share_bytes = sum([math.prod(s.shape) * s.itemsize for s in specs]) // (50 * processes)
+    chunks, grids, sizes = [], [], []
+    for spec, layout in zip(specs, layouts, strict=True):
+        replicated = layout.holders.shape[1] > 1
+        largest = max(share_bytes, SMALLEST_SPLIT) if replicated else None
+        chunk = chunk_shape(layout, spec.itemsize, rule=rule, largest=largest)
+        chunks.append(chunk)
+        grids.append(tuple([-(-n // c) for n, c in zip(spec.shape, chunk, strict=True)]))
+        sizes.append(math.prod(chunk) * spec.itemsize)
 
     loads = np.zeros(processes, np.int64)
     mine: list[np.ndarray] = [_NONE] * len(specs)
@@ -94,12 +93,6 @@ def chunks_of_box(box: Box, chunk: Sequence[int], grid: Sequence[int]) -> np.nda
 
 
 _NONE = np.zeros(0, np.int64)
-
-
-def _chunk(spec: ArraySpec, layout: Layout, rule: ChunkRule, share_bytes: int) -> tuple[int, ...]:
-    replicated = layout.holders.shape[1] > 1
-    largest = max(share_bytes, SMALLEST_SPLIT) if replicated else None
-    return chunk_shape(layout, spec.itemsize, rule=rule, largest=largest)
 
 
 def _mine(

@@ -10,7 +10,7 @@ from functools import lru_cache
 
 import jax
 import numpy as np
-from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, Sharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from jaxckpt.core.box import Box, from_index
 
@@ -44,8 +44,10 @@ def layout_of(sharding: Sharding | None, shape: tuple[int, ...], *, devices_per_
     ``None`` means host memory: one box, held by process 0 alone. ``devices_per_process`` is used only for abstract
     meshes, whose device ``i`` is taken to belong to process ``i // devices_per_process``.
     """
-    if sharding is None:
-        return _scale(_SINGLE, shape)
+    if sharding is None or isinstance(sharding, SingleDeviceSharding):
+        holder = 0 if sharding is None else next(iter(sharding.device_set)).process_index
+        start, stop = np.zeros((1, len(shape)), np.int64), np.array([shape], np.int64)
+        return Layout(shape=shape, block=shape, cell=shape, lo=start, hi=stop, holders=np.array([[holder]], np.int32))
     if isinstance(sharding, NamedSharding):
         spec = tuple(sharding.spec) + (None,) * (len(shape) - len(sharding.spec))
         pattern = _named_pattern(sharding.mesh, PartitionSpec(*spec), len(shape), devices_per_process)
@@ -70,15 +72,7 @@ class _Pattern:
     holders: np.ndarray
 
 
-_SINGLE = _Pattern(
-    blocks=(), unit=(), lo=np.zeros((1, 0), np.int64), hi=np.zeros((1, 0), np.int64), holders=np.zeros((1, 1), np.int32)
-)
-
-
 def _scale(pattern: _Pattern, shape: tuple[int, ...]) -> Layout:
-    if not pattern.blocks and shape:  # one block holds the whole array
-        lo, hi = np.zeros((1, len(shape)), np.int64), np.array([shape], np.int64)
-        return Layout(shape=shape, block=shape, cell=shape, lo=lo, hi=hi, holders=pattern.holders)
     block = np.array([n // k for n, k in zip(shape, pattern.blocks, strict=True)], np.int64)
     return Layout(
         shape=shape,

@@ -61,7 +61,7 @@ def write_chunks(
     Args:
         open_file: opens a new data file.
         plan: chunk shapes, and the chunks of this process.
-        pieces: host bytes of each array; each list is emptied when its array is written, to free memory.
+        pieces: host bytes of each array.
         encoders: per array, a compressor of a chunk's bytes, or None to store them as they are.
         threads: workers; each writes files of its own.
         file_bytes: start another file at this size; None: never.
@@ -110,7 +110,8 @@ class _Worker:
         self.rows: list[tuple[int, int, int, int, int, int]] = []
 
     def write(self, batch: list[tuple[int, np.ndarray]]) -> None:
-        with ARENA.borrow(self._buffer_bytes(batch)) as buffer:
+        largest = max([_chunk_bytes(self._plan, self._pieces, leaf) for leaf, _ in batch])
+        with ARENA.borrow(largest + 2 * ALIGNMENT) as buffer:
             self._buffer, self._fill = buffer, 0
             for leaf, chunks in batch:
                 self._leaf(leaf, chunks)
@@ -126,23 +127,24 @@ class _Worker:
             self._file.abort()
             self._file = None
 
-    def _buffer_bytes(self, batch: list[tuple[int, np.ndarray]]) -> int:
-        return max(_chunk_bytes(self._plan, self._pieces, leaf) for leaf, _ in batch) + 2 * ALIGNMENT
-
     def _leaf(self, leaf: int, chunks: np.ndarray) -> None:
         chunk, pieces, encode = self._plan.chunks[leaf], self._pieces[leaf], self._encoders[leaf]
         dtype = mover(pieces[0].data.dtype)
         sources = [piece.data.view(dtype) for piece in pieces]
-        recipe = _recipe(tuple(piece.box for piece in pieces), chunk, self._plan.grids[leaf], _shape(pieces))
-        size = int(np.prod(chunk, dtype=np.int64)) * dtype.itemsize
+        size = _chunk_bytes(self._plan, self._pieces, leaf)
+        recipe = None
+        if len(pieces) > 1 or pieces[0].data.shape != chunk:
+            recipe = _recipe(tuple([piece.box for piece in pieces]), chunk, self._plan.grids[leaf])
         for index in chunks.tolist():
-            parts, padded = recipe(index)
+            parts, padded = recipe(index) if recipe is not None else _WHOLE
             if encode is None and size >= DIRECT_BYTES and len(parts) == 1 and not padded:
                 source = sources[parts[0][0]][parts[0][1]]
                 if source.flags.c_contiguous:
                     self._direct(leaf, index, source.reshape(-1).view(np.uint8))
                     continue
-            start = self._reserve(size)
+            if self._fill + size + 2 * ALIGNMENT > len(self._buffer):
+                self._flush()
+            start = self._fill
             raw = self._buffer[start : start + size]
             target = raw.view(dtype).reshape(chunk)
             if padded:
@@ -154,32 +156,26 @@ class _Worker:
             else:
                 self._direct(leaf, index, np.frombuffer(encode(raw), np.uint8))
 
-    def _reserve(self, size: int) -> int:
-        if self._fill + size + 2 * ALIGNMENT > len(self._buffer):
-            self._flush()
-        return self._fill
-
     def _buffered(self, leaf: int, index: int, start: int, size: int) -> None:
-        crc = crc32c(self._buffer[start : start + size])
         stop = start + size
+        crc = crc32c(self._buffer[start:stop])
+        end = -(-(stop + 4) // ALIGNMENT) * ALIGNMENT
+        self._buffer[stop:end] = 0
         self._buffer[stop : stop + 4] = np.frombuffer(crc.to_bytes(4, "little"), np.uint8)
-        self._row(leaf, index, size + 4, crc)
-        self._fill = -(-(stop + 4) // ALIGNMENT) * ALIGNMENT
-        self._end += self._fill - start
+        self._current()
+        self.rows.append((leaf, index, len(self.files) - 1, self._end, size + 4, crc))
+        self._fill = end
+        self._end += end - start
 
     def _direct(self, leaf: int, index: int, data: np.ndarray) -> None:
         self._flush()
         crc = crc32c(data)
-        self._row(leaf, index, len(data) + 4, crc)
         file = self._current()
+        self.rows.append((leaf, index, len(self.files) - 1, self._end, len(data) + 4, crc))
+        tail = crc.to_bytes(4, "little") + bytes(-(len(data) + 4) % ALIGNMENT)
         file.append(data)
-        tail = bytes(4 + -(len(data) + 4) % ALIGNMENT)
-        file.append(np.frombuffer(crc.to_bytes(4, "little") + tail[4:], np.uint8))
+        file.append(np.frombuffer(tail, np.uint8))
         self._end += len(data) + len(tail)
-
-    def _row(self, leaf: int, index: int, length: int, crc: int) -> None:
-        self._current()
-        self.rows.append((leaf, index, len(self.files) - 1, self._end, length, crc))
 
     def _flush(self) -> None:
         if self._fill:
@@ -223,15 +219,13 @@ def _chunk_bytes(plan: SavePlan, pieces: list[list[Piece]], leaf: int) -> int:
     return int(np.prod(plan.chunks[leaf], dtype=np.int64)) * pieces[leaf][0].data.dtype.itemsize
 
 
-def _shape(pieces: list[Piece]) -> tuple[int, ...]:
-    return tuple(
-        max(piece.box.start[d] + piece.box.shape[d] for piece in pieces) for d in range(len(pieces[0].box.shape))
-    )
+_WHOLE = ([(0, ..., ...)], False)  # the one chunk of an array is its one piece
 
 
 @lru_cache(maxsize=1024)
-def _recipe(boxes: tuple[Box, ...], chunk: tuple[int, ...], grid: tuple[int, ...], edge: tuple[int, ...]):
-    """For chunk index -> ([(piece, slices of the piece, slices of the chunk)], padded); the same for like-shaped leaves."""
+def _recipe(boxes: tuple[Box, ...], chunk: tuple[int, ...], grid: tuple[int, ...]):
+    """Chunk index -> ([(piece, slices of the piece, slices of the chunk)], padded); leaves of one shape share it."""
+    edge = tuple(max(box.start[d] + box.shape[d] for box in boxes) for d in range(len(chunk)))
 
     @cache
     def parts(index: int) -> tuple[list[tuple[int, tuple[slice, ...], tuple[slice, ...]]], bool]:
