@@ -24,9 +24,10 @@ _BUCKET = "jaxckpt-tests"
 _LOOPBACK = "127.0.0.1"
 _ATTEMPTS = 3  # a port that was free may be taken by the time the server binds it
 _OUTPUT_CHARS_SHOWN = 4_000
-# Our own end, SIGKILL included, closes its stdin; then it ends the server. A server never outlives its test.
+# Our own end, SIGKILL included, closes its stdin; then it ends the server, and clears up if we cannot any more.
 _GUARD = """
-import subprocess, sys, threading
+import os, shutil, subprocess, sys, threading
+owner = os.getppid()
 server = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL)
 def stop():
     sys.stdin.buffer.read()
@@ -36,7 +37,10 @@ def stop():
     except subprocess.TimeoutExpired:
         server.kill()
 threading.Thread(target=stop, daemon=True).start()
-sys.exit(server.wait())
+code = server.wait()
+if os.getppid() != owner:
+    shutil.rmtree(os.getcwd(), ignore_errors=True)
+sys.exit(code)
 """
 
 

@@ -212,11 +212,12 @@ class CountingStore(_WrappedStore):
         with self._counts.lock:
             self._counts.calls[operation] += 1
         result = action()
+        moved = len(result) if operation == "read" and isinstance(result, bytes) else size_bytes
         with self._counts.lock:
             if operation in ("read", "read_into"):
-                self._counts.bytes_read += len(result) if isinstance(result, bytes) else size_bytes
-            elif result is not False:  # a create that came too late
-                self._counts.bytes_written += size_bytes
+                self._counts.bytes_read += moved
+            elif operation != "create" or result:  # not one that came too late
+                self._counts.bytes_written += moved
         return result
 
     def _like(self, store: AbstractStore, prefix: str) -> "CountingStore":
