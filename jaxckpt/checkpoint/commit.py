@@ -109,7 +109,7 @@ def commit(
             files=files,
             table=table,
             manifest_crc32c=google_crc32c.value(database.manifest),
-            supersedes=tuple(google_crc32c.value(data) for data in old_manifest),
+            supersedes=tuple([google_crc32c.value(data) for data in old_manifest]),
             time_ns=now_ns,
             **lineage,
         )
@@ -125,7 +125,8 @@ def commit(
     else:
         store.write_all({**nodes, **rest, sc.FILE_NAME: sidecar})
         store.write_all({om.COMMIT_MARKER: om.commit_text(store.url)})
-    sweep(store, before, keep={om.COMMIT_MARKER, sc.FILE_NAME, nodes_file, *rest, *files})
+    if before.names:
+        sweep(store, before, keep={om.COMMIT_MARKER, sc.FILE_NAME, nodes_file, *rest, *files})
 
 
 def sweep(store: AbstractStore, before: Before, keep: set[str]) -> None:
@@ -210,8 +211,9 @@ def _orbax_files(
         om.SHARDING: om.encode_sharding(leaves),
         om.ARRAY_METADATAS: om.encode_array_metadatas(leaves),
     }
-    strings = om.encode_strings(leaves)
-    return found if strings is None else {**found, om.STRINGS: strings}
+    if any([leaf.text is not None for leaf in leaves]):
+        found[om.STRINGS] = om.encode_strings(leaves) or b""
+    return found
 
 
 def _orbax_leaf(place: om.Place, name: str, entry: sc.LeafEntry, sharding: Sharding | None) -> om.OrbaxLeaf:

@@ -92,7 +92,9 @@ def _round(
     while width < max(sizes):
         width *= 2  # few sizes, so few compilations
     stream = np.zeros(width, np.uint8)
-    places = dict(zip(parts[rank], np.cumsum([0, *(chunk.length - 4 for chunk in parts[rank])])[:-1].tolist(), strict=True))
+    places = dict(
+        zip(parts[rank], np.cumsum([0, *(chunk.length - 4 for chunk in parts[rank])])[:-1].tolist(), strict=True)
+    )
     leaves = {chunk.leaf: source.leaf_read(chunk.leaf, ()) for chunk in parts[rank]}
 
     def keep(chunk: ChunkRead, data: np.ndarray) -> None:

@@ -134,14 +134,14 @@ def _array_entry(leaf: NamedLeaf, kind: str, array: Any, compression: Compressio
         kind=kind,
         dtype=array.dtype.name,
         shape=tuple(array.shape),
-        zstd_level=_level(compression, leaf.name, array),
+        zstd_level=None if compression is None else _level(compression, leaf.name, array),
         memory_kind=memory or "",
         prng_impl=impl,
     )
 
 
 def _level(compression: Compression, name: str, array: Any) -> int | None:
-    if compression is None or isinstance(compression, int):
+    if isinstance(compression, int):
         level = compression
     elif isinstance(compression, dict):
         level = next((level for pattern, level in compression.items() if fnmatchcase(name, pattern)), None)

@@ -36,7 +36,7 @@ def lineage_record(
     return {
         "step": step,
         "metadata": dict(metadata or {}),
-        "parents": tuple({name: getattr(parent, name) for name in fields} for parent in parents),
+        "parents": tuple([{name: getattr(parent, name) for name in fields} for parent in parents]),
         "processes": processes,
         "versions": dict(_versions()),
     }

@@ -116,9 +116,10 @@ def begin(
     """Capture a tree, and return the rest of the save as a function to call in any thread."""
     start_ns = time.time_ns()
     coordinator = current_coordinator()
-    session = Session(coordinator, session_name(os.fspath(path)))
+    session = Session(coordinator, session_name(os.fspath(path))) if coordinator.size > 1 else None
     try:
-        session.enter("capture")
+        if session is not None:
+            session.enter("capture")
         store = open_store(path, options)
         before = examine(store, overwrite=overwrite)
         described = describe(tree, compression)
@@ -126,34 +127,54 @@ def begin(
         pieces = capture(described.arrays, plan, frozen=frozen)
         lineage = lineage_record(step, metadata, parents, processes=coordinator.size)
     except BaseException as error:
-        session.fail(error)
-        session.close()
+        if session is not None:
+            session.fail(error)
+            session.close()
         raise
     described = described._replace(arrays=[])  # the pieces hold the bytes from here on
     opened: list[str] = []
 
+    def flush() -> Written:
+        return _flush(store, described, plan, pieces, coordinator.rank, opened)
+
+    def publish(tables: list[Written]) -> None:
+        _commit(store, described, plan, tables, before, lineage, start_ns)
+
     def finish() -> None:
         try:
-            session.enter("write")
-            written = _flush(store, described, plan, pieces, coordinator.rank, opened)
-            session.arrive("write", b"" if coordinator.size == 1 else table.pack(written))
-            session.enter("commit")
-            if coordinator.rank == 0:
-                tables = [written]
-                if coordinator.size > 1:
-                    tables = [table.unpack(data) for data in session.collect("write", timeout_s=timeout_s)]
-                _commit(store, described, plan, tables, before, lineage, start_ns)
-                session.arrive("commit")
+            if session is None:
+                publish([flush()])
             else:
-                session.wait("commit", rank=0, timeout_s=timeout_s)
+                _agree(session, coordinator.rank, flush, publish, timeout_s)
         except Exception as error:
-            session.fail(error)
-            _clean_up(store, before, opened, error, alone=coordinator.size == 1)
+            _clean_up(store, before, opened, error, alone=session is None)
             raise
-        finally:
-            session.close()
 
     return finish
+
+
+def _agree(
+    session: Session,
+    rank: int,
+    flush: Callable[[], Written],
+    publish: Callable[[list[Written]], None],
+    timeout_s: float,
+) -> None:
+    """Write on all processes, commit on process 0 once all have written, end when it has."""
+    try:
+        session.enter("write")
+        session.arrive("write", table.pack(flush()))
+        session.enter("commit")
+        if rank == 0:
+            publish([table.unpack(data) for data in session.collect("write", timeout_s=timeout_s)])
+            session.arrive("commit")
+        else:
+            session.wait("commit", rank=0, timeout_s=timeout_s)
+    except Exception as error:
+        session.fail(error)
+        raise
+    finally:
+        session.close()
 
 
 def _flush(
@@ -169,7 +190,7 @@ def _flush(
         open_file,
         plan,
         pieces,
-        encoders=[encoder(entry.zstd_level) for entry in described.entries],
+        encoders=[None if e.zstd_level is None else encoder(e.zstd_level) for e in described.entries],
         threads=store.parallel_io if int(plan.load_bytes[rank]) > 8 * 1024 * 1024 else 1,
         file_bytes=store.data_file_bytes,
     )

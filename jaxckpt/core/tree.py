@@ -143,7 +143,7 @@ def leaf_paths(structure: Node) -> list[Path]:
 
 def path_name(path: Path) -> str:
     """A path as people write it: ``("layers", 0, "kernel")`` is ``layers.0.kernel``."""
-    return ".".join(str(key) for key in path)
+    return ".".join(map(str, path))
 
 
 def map_leaves(structure: Node, index: Callable[[int], int]) -> Node:
@@ -172,7 +172,7 @@ def _record(tree: PyTree, path: Path, found: list[tuple[Path, Any]]) -> Node:
         kind=kind,
         type=type_name,
         keys=keys,
-        children=tuple(_record(child, (*path, key), found) for key, child in zip(keys, children, strict=True)),
+        children=tuple([_record(child, (*path, key), found) for key, child in zip(keys, children, strict=True)]),
     )
 
 

@@ -45,7 +45,7 @@ class LeafEntry:
     @property
     def grid(self) -> tuple[int, ...]:
         """Chunks per dimension."""
-        return tuple(-(-n // c) for n, c in zip(self.shape, self.chunk, strict=True))
+        return tuple([-(-n // c) for n, c in zip(self.shape, self.chunk, strict=True)])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -113,7 +113,6 @@ def encode_sidecar(sidecar: Sidecar) -> bytes:
             },
         },
         separators=(",", ":"),
-        ensure_ascii=False,
         allow_nan=False,
     ).encode()[:-1]
     return body + b',"crc32c":"%08x"}\n' % google_crc32c.value(body)
@@ -165,7 +164,12 @@ def encode_node(node: Node) -> Any:
     children = [encode_node(child) for child in node.children]
     if node.kind in ("list", "tuple"):
         return [node.kind, children]
-    return [node.kind, children, [_encode_key(k) for k in node.keys], *([node.type] if node.type else [])]
+    return [
+        node.kind,
+        children,
+        [k if isinstance(k, str) else _encode_key(k) for k in node.keys],
+        *([node.type] if node.type else []),
+    ]
 
 
 def decode_node(record: Any) -> Node:

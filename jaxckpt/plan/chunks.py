@@ -5,6 +5,7 @@ chunks are pieces of them, cut along the first dimensions so that each is contig
 small, one chunk spans all that the process holds.
 """
 
+import math
 from dataclasses import dataclass
 
 from jaxckpt.plan.shards import Layout
@@ -28,13 +29,13 @@ def chunk_shape(
 ) -> tuple[int, ...]:
     """The chunk extents for an array of this layout. ``largest`` tightens the rule for one leaf (for balance)."""
     if not all(layout.shape):
-        return tuple(max(n, 1) for n in layout.shape)
+        return tuple([max(n, 1) for n in layout.shape])
     cell, block = layout.cell, layout.block
     start = block if _bytes(block, itemsize) >= rule.smallest and _divides(block, cell, layout.shape) else cell
     limit = min(max(rule.largest, _bytes(start, itemsize) // rule.pieces), rule.ceiling)
     if largest is not None:
         limit = min(limit, max(largest, itemsize))
-    return _cut(start, layout.shape, itemsize, limit)
+    return start if _bytes(start, itemsize) <= limit else _cut(start, layout.shape, itemsize, limit)
 
 
 def _cut(extent: tuple[int, ...], shape: tuple[int, ...], itemsize: int, limit: int) -> tuple[int, ...]:
@@ -67,7 +68,4 @@ def _divides(block: tuple[int, ...], cell: tuple[int, ...], shape: tuple[int, ..
 
 
 def _bytes(extent: tuple[int, ...], itemsize: int) -> int:
-    size = itemsize
-    for n in extent:
-        size *= n
-    return size
+    return itemsize * math.prod(extent)
