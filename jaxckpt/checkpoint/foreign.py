@@ -159,7 +159,7 @@ def open_foreign(store: AbstractStore, *, context: ts.Context | None = None) -> 
     if found is None:
         return _open_json(store, step)
     tree_data = _read(found, om.TREE_METADATA)
-    context = context or ts.Context(_CONTEXT)
+    context = context or ts.Context(_CONTEXT, parent=store.context)
     if tree_data is None:
         tree, kvstore, records = _list_arrays(found, context)
     else:

@@ -14,10 +14,18 @@ import struct
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
-import google_crc32c
 import numpy as np
 
 from jaxckpt.core.errors import InvalidArgumentError
+from jaxckpt.format.ocdbt_columns import (
+    encode_file_table,
+    encode_keys,
+    encode_varint,
+    encode_varints,
+    frame,
+    shared_prefix_bytes,
+    sizes_of,
+)
 
 MANIFEST_MAGIC = 0x0CDB3A2A
 NODE_MAGIC = 0x0CDB20DE
@@ -36,7 +44,6 @@ _VERSION_TREE_ARITY_LOG2 = 4  # TensorStore's default
 # A reader of one key fetches one node per level whole, a reader of all keys wants few requests.
 _NODE_BYTES = 2**20
 _ENTRY_OVERHEAD_BYTES = 16  # file id, offset, length and key lengths, about
-_COMPARED_BYTES = 2**24  # bound of the scratch memory of one key comparison
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -178,7 +185,7 @@ def _check_columns(columns: Columns) -> _Table:
     counts = (len(keys), len(inline), len(file_ids), len(offsets), len(lengths))
     if len(set(counts)) != 1:
         raise InvalidArgumentError(f"keys, inline, file_ids, offsets, lengths differ in length: {counts}")
-    key_bytes, inline_bytes = _sizes(keys), _sizes(inline)
+    key_bytes, inline_bytes = sizes_of(keys), sizes_of(inline)
     indirect = file_ids >= 0
     _refuse(key_bytes > MAX_KEY_BYTES, keys, f"is longer than the {MAX_KEY_BYTES} bytes that OCDBT allows")
     _refuse(inline_bytes > MAX_INLINE_BYTES, keys, f"has more than {MAX_INLINE_BYTES} inline bytes: use a data file")
@@ -235,13 +242,13 @@ def _sort_by_key(table: _Table) -> _Table:
 
 def _append_leaves(nodes: bytearray, table: _Table, node_bytes: int) -> list[_Node]:
     indirect = table.file_ids >= 0
-    sizes = _sizes(table.keys) + np.where(indirect, 0, table.lengths) + _ENTRY_OVERHEAD_BYTES
+    sizes = sizes_of(table.keys) + np.where(indirect, 0, table.lengths) + _ENTRY_OVERHEAD_BYTES
     groups = _split(sizes.tolist(), node_bytes, 1)
     level = []
     for start, stop in groups:
         keys = table.keys[start:stop]
         # The root has no parent to hold the prefix for it.
-        excluded = 0 if len(groups) == 1 else _shared_prefix_bytes(keys[0], keys[-1])
+        excluded = 0 if len(groups) == 1 else shared_prefix_bytes(keys[0], keys[-1])
         body = _encode_leaf(table, start, stop, excluded)
         indirect_bytes = sum(table.lengths[start:stop][indirect[start:stop]].tolist())
         level.append(
@@ -255,10 +262,10 @@ def _append_leaves(nodes: bytearray, table: _Table, node_bytes: int) -> list[_No
 def _encode_leaf(table: _Table, start: int, stop: int, excluded: int) -> list[bytes]:
     indirect = table.file_ids[start:stop] >= 0
     used, file_ids = np.unique(table.file_ids[start:stop][indirect], return_inverse=True)
-    prefixes, suffixes, suffix_bytes = _encode_keys(table.keys[start:stop], excluded)
+    prefixes, suffixes, suffix_bytes = encode_keys(table.keys[start:stop], excluded)
     return [
         b"\0",  # height
-        _encode_file_table([table.paths[i] for i in used]),
+        encode_file_table([table.paths[i] for i in used]),
         encode_varint(stop - start),
         prefixes,
         suffixes,
@@ -282,7 +289,7 @@ def _append_interiors(
         excluded = 0
         if len(groups) > 1:
             # A child's own prefix must reach at least as far as the one that this node leaves out.
-            excluded = min(_shared_prefix_bytes(group[0].key, group[-1].key), *(c.excluded_bytes for c in group))
+            excluded = min(shared_prefix_bytes(group[0].key, group[-1].key), *(c.excluded_bytes for c in group))
         body = _encode_interior(group, nodes_path, height, excluded)
         level.append(
             _append_node(
@@ -299,10 +306,10 @@ def _append_interiors(
 
 
 def _encode_interior(children: list[_Node], nodes_path: bytes, height: int, excluded: int) -> list[bytes]:
-    prefixes, suffixes, suffix_bytes = _encode_keys([child.key for child in children], excluded)
+    prefixes, suffixes, suffix_bytes = encode_keys([child.key for child in children], excluded)
     return [
         bytes([height]),
-        _encode_file_table([nodes_path]),
+        encode_file_table([nodes_path]),
         encode_varint(len(children)),
         prefixes,
         suffixes,
@@ -332,7 +339,7 @@ def _append_node(
     indirect_bytes: int,
 ) -> _Node:
     offset = len(nodes)
-    nodes += _frame(NODE_MAGIC, body)
+    nodes += frame(NODE_MAGIC, body)
     length = len(nodes) - offset
     return _Node(
         key=key,
@@ -371,7 +378,7 @@ def _encode_manifest(root: _Node | None, height: int, nodes_path: bytes, uuid: b
         encode_varint(_MAX_DECODED_NODE_BYTES),
         bytes([_VERSION_TREE_ARITY_LOG2]),
         encode_varint(0),  # compression method: none
-        _encode_file_table(paths),
+        encode_file_table(paths),
         encode_varint(1),  # versions in the manifest
         encode_varint(1),  # generation number
         bytes([height]),
@@ -380,89 +387,4 @@ def _encode_manifest(root: _Node | None, height: int, nodes_path: bytes, uuid: b
         struct.pack("<Q", commit_time_ns),
         encode_varint(0),  # version tree nodes, which hold older versions
     ]
-    return _frame(MANIFEST_MAGIC, body)
-
-
-def _frame(magic: int, body: list[bytes]) -> bytes:
-    # magic, length of everything, format version 0, compression 0, body, checksum of all before it
-    length = 4 + 8 + 2 + sum(map(len, body)) + 4
-    framed = b"".join([struct.pack(">I", magic), struct.pack("<Q", length), b"\0\0", *body])
-    return framed + struct.pack("<I", google_crc32c.value(framed))
-
-
-def _encode_file_table(paths: list[bytes]) -> bytes:
-    """Encode sorted paths, all with an empty base path: they are relative to the root, wherever they are read from."""
-    shared = [_shared_prefix_bytes(a, b) for a, b in itertools.pairwise(paths)]
-    suffixes = [path[keep:] for path, keep in zip(paths, [0, *shared], strict=False)]
-    return b"".join(
-        [
-            encode_varint(len(paths)),
-            *map(encode_varint, shared),
-            *(encode_varint(len(suffix)) for suffix in suffixes),
-            bytes(len(paths)),  # lengths of the base paths
-            *suffixes,
-        ]
-    )
-
-
-def _encode_keys(keys: Sequence[bytes], excluded: int) -> tuple[bytes, bytes, bytes]:
-    """Return the columns of prefix lengths, suffix lengths and suffixes of sorted keys.
-
-    The first ``excluded`` bytes, which the keys share, are left out.
-    """
-    relative = [key[excluded:] for key in keys] if excluded else keys
-    shared = _shared_with_previous(relative)
-    suffixes = [key[keep:] for key, keep in zip(relative, [0, *shared.tolist()], strict=True)]
-    return encode_varints(shared), encode_varints(_sizes(suffixes)), b"".join(suffixes)
-
-
-def _shared_with_previous(keys: Sequence[bytes]) -> np.ndarray:
-    """Return, for each key but the first, how many bytes it starts with in common with the key before it."""
-    sizes = _sizes(keys)
-    width = max(1, int(sizes.max()))
-    rows = max(1, _COMPARED_BYTES // width)
-    shared = []
-    for start in range(0, len(keys) - 1, rows):
-        block = keys[start : start + rows + 1]
-        matrix = np.array(block, dtype=f"S{width}").view(np.uint8).reshape(len(block), width)
-        same = matrix[1:] == matrix[:-1]
-        shared.append(np.where(same.all(axis=1), width, same.argmin(axis=1)))
-    # numpy pads with zero bytes, which a key may also end with: no prefix is longer than the shorter key.
-    return np.minimum(np.concatenate([*shared, np.zeros(0, np.int64)]), np.minimum(sizes[1:], sizes[:-1]))
-
-
-def _shared_prefix_bytes(a: bytes, b: bytes) -> int:
-    for i, (x, y) in enumerate(zip(a, b, strict=False)):
-        if x != y:
-            return i
-    return min(len(a), len(b))
-
-
-def _sizes(items: Sequence[bytes]) -> np.ndarray:
-    return np.fromiter(map(len, items), np.int64, len(items))
-
-
-def encode_varint(value: int) -> bytes:
-    """Encode one unsigned integer as unsigned LEB128."""
-    encoded = bytearray()
-    while value >= 0x80:
-        encoded.append(value & 0x7F | 0x80)
-        value >>= 7
-    encoded.append(value)
-    return bytes(encoded)
-
-
-def encode_varints(values: np.ndarray) -> bytes:
-    """Encode integers, none negative, as unsigned LEB128 back to back."""
-    if not len(values):
-        return b""
-    largest = int(values.max())
-    if largest < 0x80:
-        return values.astype(np.uint8).tobytes()
-    values = values.astype(np.uint64)
-    shifts = np.arange(0, largest.bit_length(), 7, dtype=np.uint64)
-    rest = values[:, None] >> shifts  # column k: what is left when k groups of seven bits are out
-    keep = rest != 0
-    keep[:, 0] = True
-    more = rest >= 0x80
-    return ((rest & np.uint64(0x7F)).astype(np.uint8) | more.astype(np.uint8) << 7)[keep].tobytes()
+    return frame(MANIFEST_MAGIC, body)

@@ -235,7 +235,7 @@ def test_the_bytes_are_those_that_tensorstore_writes(contents: dict[bytes, bytes
     base = ts.KvStore.open("memory://database/", context=context).result()
     spec = {"driver": "ocdbt", "base": "memory://database/", "config": config, "assume_config": True}
     store = ts.KvStore.open(spec, context=context).result()
-    with ts.Transaction() as transaction:
+    with ts.Transaction(atomic=True) as transaction:
         for key, data in contents.items():
             store.with_transaction(transaction)[key] = data
     (nodes_file,) = set(base.list().result()) - {b"manifest.ocdbt"}
@@ -350,7 +350,7 @@ def write_with_tensorstore(compression: dict | None) -> tuple[ts.KvStore, dict[b
     for process in range(2):
         spec = {"driver": "ocdbt", "base": f"memory://merged/ocdbt.process_{process}/", "config": config}
         part = ts.KvStore.open(spec, context=context).result()
-        with ts.Transaction() as transaction:
+        with ts.Transaction(atomic=True) as transaction:
             for i in range(100):
                 key, data = b"layer_%d/c/%d" % (process, i), b"%d" % i * (i % 9)
                 part.with_transaction(transaction)[key] = data
