@@ -90,6 +90,8 @@ def _staged(
     targets = tuple(Target(box, buffer.view(mover(dtype))) for box, buffer in buffers.items())
 
     def finish() -> jax.Array:
+        if not boxes:  # all of it lies on other processes
+            return jax.make_array_from_single_device_arrays(shape, sharding, [], dtype=cast or dtype)
         ready = buffers if cast is None else {box: _cast(buffer, cast) for box, buffer in buffers.items()}
         if len(boxes) == 1 and sharding.is_fully_addressable:
             return jax.device_put(next(iter(ready.values())), sharding, may_alias=False)
