@@ -55,8 +55,8 @@ def examine(store: AbstractStore, *, overwrite: bool) -> Before:
     committed = not unfinished and bool({om.COMMIT_MARKER, om.TREE_METADATA} & set(names))
     if committed and not overwrite:
         raise AlreadyExistsError(
-            f"{store.url} holds a checkpoint already. Pass overwrite=True to replace it (it stays whole until the new one "
-            "commits), or save elsewhere."
+            f"{store.url} holds a checkpoint already. Pass overwrite=True to replace it (it stays whole until the "
+            "new one commits), or save elsewhere."
         )
     foreign = [name for name in names if not is_ours(name)]
     if foreign and not committed:
@@ -140,7 +140,7 @@ def sweep(store: AbstractStore, before: Before, keep: set[str]) -> None:
 def _database(
     described: Described, entries: list[sc.LeafEntry], files: tuple[str, ...], table: sc.ChunkTable
 ) -> Columns:
-    """Every key of the database: array metadata and plain scalars inline, chunks by reference. Tied places share bytes."""
+    """Every key of the database: metadata and plain scalars inline, chunks by reference. Tied places share bytes."""
     keys: list[bytes] = []
     inline: list[bytes] = []
     ids: list[int] = []

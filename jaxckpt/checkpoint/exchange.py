@@ -17,7 +17,7 @@ from jaxckpt.checkpoint.place import Want
 from jaxckpt.checkpoint.source import OwnSource, needed_chunks
 from jaxckpt.core.errors import CheckpointError, CorruptionError
 from jaxckpt.plan.restore import Groups, Sharing, rounds, sharing
-from jaxckpt.transfer.read import ChunkRead, deliver
+from jaxckpt.transfer.read import ChunkRead, LeafRead, deliver
 from jaxckpt.transfer.upload import Target
 
 ROUND_BYTES = 16 * 1024 * 1024  # read and sent by one process in one round
@@ -66,7 +66,7 @@ def fill_together(source: OwnSource, targets: Mapping[int, tuple[Target, ...]], 
 
 
 def _split(wants: Sequence[Want]) -> tuple[dict[int, list[Want]], list[int]]:
-    """Leaves that live on several processes, with the forms they are wanted in; and leaves that this one reads alone."""
+    """Leaves that live on several processes, with the forms wanted of them; and leaves that this one reads alone."""
     shared: dict[int, list[Want]] = {}
     alone: dict[int, None] = {}
     for want in wants:
@@ -84,7 +84,7 @@ def _exclusive(plan: Sharing, rank: int) -> list[int]:
 
 
 def _round(
-    source: OwnSource, parts: list[list[ChunkRead]], groups: Groups, reads: Mapping[int, object], rank: int
+    source: OwnSource, parts: list[list[ChunkRead]], groups: Groups, reads: Mapping[int, LeafRead], rank: int
 ) -> int:
     """Read this process's part of one round, exchange it within the group, deliver what the group read."""
     sizes = [sum(chunk.length - 4 for chunk in chunks) for chunks in parts]

@@ -216,7 +216,8 @@ def _line(leaf: LeafInfo, width: int) -> str:
     kind = "" if leaf.kind in ("array", "numpy") else f" ({leaf.kind})"
     shape = "x".join(map(str, leaf.shape)) or "scalar"
     tie = f"  = {leaf.tied_to}" if leaf.tied_to else ""
-    return f"{leaf.name:<{width}}  {leaf.dtype:<9} {shape:<18} {human_bytes(leaf.size_bytes):>10}  {leaf.sharding}{kind}{tie}"
+    size = human_bytes(leaf.size_bytes)
+    return f"{leaf.name:<{width}}  {leaf.dtype:<9} {shape:<18} {size:>10}  {leaf.sharding}{kind}{tie}"
 
 
 def human_bytes(size: float) -> str:

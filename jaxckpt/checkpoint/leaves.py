@@ -18,7 +18,7 @@ Compression = int | dict[str, int | None] | Callable[[str, Any], int | None] | N
 
 
 class Described(NamedTuple):
-    """A tree ready to be planned: one entry, one array (None for values in the sidecar) and one spec per distinct leaf."""
+    """A tree ready to be planned: an entry, an array (None for values in the sidecar) and a spec per distinct leaf."""
 
     structure: Node
     leaves: list[NamedLeaf]  # every place, tied ones included
@@ -145,6 +145,8 @@ def _level(compression: Compression, name: str, array: Any) -> int | None:
         level = compression
     elif isinstance(compression, dict):
         level = next((level for pattern, level in compression.items() if fnmatchcase(name, pattern)), None)
+    elif compression is None:
+        return None
     else:
         level = compression(name, jax.ShapeDtypeStruct(array.shape, array.dtype))
     if level is not None and (isinstance(level, bool) or not isinstance(level, int) or not -7 <= level <= 22):
@@ -165,6 +167,6 @@ def _refusal(refused: Sequence[str]) -> str:
     shown = "\n  ".join(refused[:10]) + (f"\n  ... and {len(refused) - 10} more" if len(refused) > 10 else "")
     return (
         f"{len(refused)} leaves cannot be saved:\n  {shown}\n"
-        "Leaves may be jax and numpy arrays of any numeric dtype, typed PRNG keys, and Python int, float, bool, complex, "
-        "str, bytes and None. Remove the others from the tree, or convert them first."
+        "Leaves may be jax and numpy arrays of any numeric dtype, typed PRNG keys, and Python int, float, bool, "
+        "complex, str, bytes and None. Remove the others from the tree, or convert them first."
     )

@@ -101,8 +101,8 @@ def raise_on(differences: Differences, url: str, places: Places, wanted: Sequenc
             lines.append(f"    ... and {len(differences.wrong) - SHOWN} more")
     lines += _counts(places.leaves, [leaf.path for leaf in wanted])
     lines.append(
-        "Nothing was restored. Build `like` as the checkpoint has it (jaxckpt inspect shows its leaves), or say what you "
-        "accept: partial=True keeps the values of `like` where they differ and ignores what `like` has not, cast=True "
+        "Nothing was restored. Build `like` as the checkpoint has it (jaxckpt inspect shows its leaves), or say what "
+        "you accept: partial=True keeps the values of `like` where they differ and ignores what `like` has not, cast=True "
         "converts dtypes, pad=True cuts or zero-fills shapes, only=... restores chosen leaves."
     )
     raise MismatchError("\n".join(lines))
@@ -138,13 +138,11 @@ def _group(name: str) -> str:
 def _counts(saved: Mapping[Path, int], wanted: Sequence[Path]) -> list[str]:
     """Where the two sides have different numbers of numbered parts (12 layers, 16 layers), say so."""
     ours, theirs = _numbered(saved), _numbered(wanted)
-    found = []
-    for prefix in sorted(set(ours) & set(theirs)):
-        if ours[prefix] != theirs[prefix]:
-            found.append(
-                f'  Under "{prefix}" the checkpoint has {ours[prefix]} numbered parts, `like` has {theirs[prefix]}.'
-            )
-    return found[:3]
+    unequal = [prefix for prefix in sorted(set(ours) & set(theirs)) if ours[prefix] != theirs[prefix]]
+    return [
+        f'  Under "{prefix}" the checkpoint has {ours[prefix]} numbered parts, `like` has {theirs[prefix]}.'
+        for prefix in unequal[:3]
+    ]
 
 
 def _numbered(paths: Iterable[Path]) -> dict[str, int]:

@@ -117,7 +117,8 @@ def _want_key(entry: LeafEntry, leaf: int, like: NamedLeaf, value: Any, sharding
     same_impl = impl == entry.prng_impl or impl == _key_dtype_text(entry)
     if entry.kind != "prng_key" or not same_impl or tuple(value.shape) != entry.shape[:-1]:
         return Want(leaf=leaf), (
-            f'"{like.name}": checkpoint has {describe_entry(entry)}, `like` wants a PRNG key array {tuple(value.shape)} of {impl}'
+            f'"{like.name}": checkpoint has {describe_entry(entry)}, '
+            f"`like` wants a PRNG key array {tuple(value.shape)} of {impl}"
         )
     return Want(leaf=leaf, sharding=sharding), ""
 

@@ -17,7 +17,7 @@ from jaxckpt.checkpoint.source import OwnSource, Source, open_source
 from jaxckpt.core.dtypes import dtype_of
 from jaxckpt.core.errors import InvalidArgumentError, MismatchError
 from jaxckpt.core.events import Restored, emit
-from jaxckpt.core.tree import build, flatten, path_name, rebuild
+from jaxckpt.core.tree import NONE, build, flatten, path_name, rebuild
 from jaxckpt.storage.url import StorageOptions, open_store
 from jaxckpt.transfer.upload import Destination, device_destination, host_destination
 
@@ -91,7 +91,9 @@ def _restore_as_saved(source: Source, choose: Chooser | None, only: Only) -> tup
     wants = {leaf: _want_saved(source, leaf, choose) for leaf in sorted(set(places.leaves.values()))}
     found, read_bytes = _fetch(source, list(wants.values()))
     values = dict(zip(wants, found, strict=True))
-    structure = source.structure if only is None else prune(source.structure, lambda leaf, path: path in places.leaves)
+    structure = source.structure
+    if only is not None:
+        structure = prune(structure, lambda leaf, path: path in places.leaves) or NONE
     return build(structure, values.__getitem__), read_bytes
 
 
@@ -141,8 +143,8 @@ def _check_kept(url: str, leaves: list, wants: dict) -> None:
     abstract = [leaf.name for leaf in leaves if leaf.path not in wants and isinstance(leaf.value, jax.ShapeDtypeStruct)]
     if abstract:
         raise MismatchError(
-            f"{len(abstract)} leaves are to keep the value of `like`, which is abstract there, as {', '.join(abstract[:5])}: "
-            f"the checkpoint at {url} has none that fits. Give arrays for them in `like`."
+            f"{len(abstract)} leaves are to keep the value of `like`, which is abstract there, as "
+            f"{', '.join(abstract[:5])}: the checkpoint at {url} has none that fits. Give arrays for them in `like`."
         )
 
 

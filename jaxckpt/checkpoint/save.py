@@ -12,7 +12,6 @@ from dataclasses import replace
 from typing import Any
 from uuid import uuid4
 
-import jax
 import numpy as np
 
 from jaxckpt.checkpoint import table

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from typing import Protocol, final
+from typing import Any, Protocol, final
 
 import google_crc32c
 import numpy as np
@@ -31,8 +31,16 @@ class Source(Protocol):
 
     url: str
     structure: Node
-    leaves: Sequence[sc.LeafEntry]
-    shardings: Sequence[dict]
+
+    @property
+    def leaves(self) -> Sequence[sc.LeafEntry]:
+        """All distinct leaves."""
+        ...
+
+    @property
+    def shardings(self) -> Sequence[dict[str, Any]]:
+        """Records of shardings, which entries refer to."""
+        ...
 
     def fill(self, targets: Mapping[int, tuple[Target, ...]]) -> int:
         """Read the wanted boxes of each leaf (by index); returns the bytes read."""
@@ -66,8 +74,8 @@ def check_manifest(store: AbstractStore, sidecar: sc.Sidecar) -> None:
         raise CorruptionError(f"{store.url}{MANIFEST} is missing: the checkpoint is damaged.") from error
     if found != sidecar.manifest_crc32c and found not in sidecar.supersedes:
         raise CorruptionError(
-            f"{store.url}{MANIFEST} has crc32c {found:08x}, {sc.FILE_NAME} was committed with {sidecar.manifest_crc32c:08x}: "
-            "it is damaged, or another program changed the database. To restore what the database holds now, move "
+            f"{store.url}{MANIFEST} has crc32c {found:08x}, {sc.FILE_NAME} was committed with "
+            f"{sidecar.manifest_crc32c:08x}: it is damaged, or another program changed the database. To restore what the database holds now, move "
             f"{sc.FILE_NAME} away."
         )
 
@@ -86,6 +94,7 @@ class OwnSource:
         ]
 
     def fill(self, targets: Mapping[int, tuple[Target, ...]]) -> int:
+        """Read the wanted boxes of each leaf, checking every chunk."""
         reads = {leaf: self.leaf_read(leaf, boxes) for leaf, boxes in targets.items()}
         chunks = [
             self.chunk_read(leaf, index) for leaf in reads for index in needed_chunks(self.leaves[leaf], targets[leaf])
@@ -143,6 +152,8 @@ class ForeignSource:
         self._threads = parallel_io
 
     def fill(self, targets: Mapping[int, tuple[Target, ...]]) -> int:
+        """Read the wanted boxes of each leaf through TensorStore."""
+
         def read(job: tuple[int, Target]) -> int:
             leaf, target = job
             data = self.foreign.read(self.foreign.leaves[leaf], target.box)
@@ -205,7 +216,7 @@ def _entry(foreign: ForeignCheckpoint, leaf: ForeignLeaf, place: int) -> sc.Leaf
 
 def _sharding(leaf: ForeignLeaf) -> dict:
     """Orbax's record of a sharding in the words of ours."""
-    record = leaf.sharding
+    record: Any = leaf.sharding
     if not record or record.get("sharding_type") != "NamedSharding":
         return {"type": "unknown"}
     mesh = record.get("device_mesh") or {}

@@ -50,8 +50,8 @@ def join(tables: Sequence[Written], entries: Sequence[LeafEntry]) -> tuple[tuple
         which = int(np.searchsorted(first, bad, side="right")) - 1
         name = entries[which].name if which < len(entries) else "?"
         raise CoordinationError(
-            f'Leaf "{name}", chunk {bad - int(first[min(which, len(entries))])}: written {int(found[bad])} times over all '
-            "processes, should be once. All processes must save the same tree with the same shardings."
+            f'Leaf "{name}", chunk {bad - int(first[min(which, len(entries))])}: written {int(found[bad])} times over '
+            "all processes, should be once. All processes must save the same tree with the same shardings."
         )
     order = np.argsort(place, kind="stable")
     return tuple(files), ChunkTable(

@@ -107,7 +107,7 @@ def _database_problems(store: AbstractStore, source: OwnSource) -> list[str]:
     """Where the OCDBT database, which other readers go by, says something else than our chunk table."""
     if google_crc32c.value(store.read("manifest.ocdbt")) in source.sidecar.supersedes:
         return [
-            "manifest.ocdbt is that of the checkpoint before: an overwrite was interrupted; other readers see the old one."
+            "manifest.ocdbt is that of the checkpoint before: an overwrite was interrupted; others see the old one."
         ]
     try:
         found = {

@@ -1,7 +1,7 @@
 """crc32c (Castagnoli) of host memory, computed without holding the interpreter's lock where that can be had.
 
-``google_crc32c`` holds the lock while it computes, so threads that read and check chunks would take turns. The C library
-inside its wheel has a plain C interface, which ctypes calls with the lock released; where it is not found, the Python
+``google_crc32c`` holds the lock while it computes, so threads that read and check chunks would take turns. The C
+library inside its wheel has a plain C interface, which ctypes calls with the lock released; where it is not found, the Python
 function is used.
 """
 
@@ -23,7 +23,7 @@ def crc32c(data: np.ndarray) -> int:
 
 
 def _load() -> Callable[[int, int, int], int] | None:
-    package = Path(google_crc32c.__file__).parent
+    package = Path(str(google_crc32c.__file__)).parent
     for path in sorted([*package.parent.glob("google_crc32c.libs/libcrc32c*"), *package.glob(".dylibs/libcrc32c*")]):
         try:
             function = ctypes.CDLL(str(path)).crc32c_extend

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import jax
 from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
 
-
 PyTree = Any
 Path = tuple[Hashable, ...]  # keys from the root: str and int told apart; ("layers", 0, "kernel")
 
@@ -74,7 +73,7 @@ def children_of(tree: PyTree) -> tuple[str, str, tuple[Hashable, ...], list[Any]
     if kind in (OrderedDict, defaultdict):
         return "dict", _type_name(kind), tuple(tree), list(tree.values())
     if isinstance(tree, tuple) and hasattr(tree, "_fields"):
-        return "namedtuple", _type_name(kind), tuple(tree._fields), list(tree)
+        return "namedtuple", _type_name(kind), tuple(type(tree)._fields), list(tree)
     pairs, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: x is not tree)
     if treedef == _LEAF:
         return None

@@ -23,7 +23,8 @@ FORMAT_VERSION = 1
 class LeafEntry:
     """One leaf. Arrays have ``dtype``, ``shape`` and ``chunk``; plain Python values are in ``value``.
 
-    ``kind``: "array" (jax.Array), "numpy", "numpy_scalar", "prng_key", "bytes", "int", "float", "bool", "complex", "str".
+    ``kind``: "array" (jax.Array), "numpy", "numpy_scalar", "prng_key", "bytes", and "int", "float", "bool", "complex",
+    "str" for Python values.
     """
 
     name: str

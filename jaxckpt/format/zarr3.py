@@ -70,8 +70,8 @@ def count(grid: Sequence[int]) -> int:
     return int(np.prod(grid, dtype=np.int64))
 
 
-_BYTES = {"name": "bytes"}
-_BYTES_LITTLE = {"name": "bytes", "configuration": {"endian": "little"}}
+_BYTES: dict[str, object] = {"name": "bytes"}
+_BYTES_LITTLE: dict[str, object] = {"name": "bytes", "configuration": {"endian": "little"}}
 _ONE_BYTE = {"bool", "int2", "int4", "int8", "uint8"} | {
     f"float8_{x}" for x in ("e3m4", "e4m3b11fnuz", "e4m3fn", "e4m3fnuz", "e5m2", "e5m2fnuz", "e8m0fnu")
 }

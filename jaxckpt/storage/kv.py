@@ -11,7 +11,7 @@ from jaxckpt.core.errors import AlreadyExistsError, CorruptionError, NotFoundErr
 from jaxckpt.storage.store import AbstractDataWriter, AbstractStore
 
 DATA_FILE_BYTES = 64 * 1024 * 1024
-# One for the process, so that all see the same memory://. TensorStore would retry a dead endpoint for a quarter of an hour.
+# One for the process, so that all see the same memory://. By default a dead endpoint is retried for a quarter hour.
 _RETRIES = {"max_retries": 6, "initial_delay": "200ms", "max_delay": "5s"}
 _CONTEXT = ts.Context({"s3_request_retries": _RETRIES, "gcs_request_retries": _RETRIES})
 

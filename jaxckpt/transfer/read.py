@@ -25,7 +25,9 @@ GAP_BYTES = 4096  # a gap up to this size is read along rather than starting ano
 class Reader(Protocol):
     """Where bytes come from: see ``storage.store.AbstractStore``."""
 
-    def read_into(self, name: str, start: int, out: np.ndarray) -> None: ...
+    def read_into(self, name: str, start: int, out: np.ndarray) -> None:
+        """Fill ``out`` from an object."""
+        ...
 
 
 class ChunkRead(NamedTuple):
@@ -92,9 +94,10 @@ def check(chunk: ChunkRead, name: str, data: np.ndarray) -> None:
     found = crc32c(data)
     if found != chunk.crc32c:
         raise CorruptionError(
-            f'Leaf "{name}", chunk {chunk.index}: the bytes at {chunk.file}[{chunk.offset}:{chunk.offset + chunk.length}] '
-            f"have crc32c {found:08x}, the checkpoint recorded {chunk.crc32c:08x} when it was saved. "
-            "The stored chunk is damaged or was replaced: restore another step, or all leaves but this one (partial=True)."
+            f'Leaf "{name}", chunk {chunk.index}: the bytes at '
+            f"{chunk.file}[{chunk.offset}:{chunk.offset + chunk.length}] have crc32c {found:08x}, the checkpoint recorded "
+            f"{chunk.crc32c:08x} when it was saved. The stored chunk is damaged or was replaced: restore another "
+            "checkpoint, or the other leaves of this one (only=...)."
         )
 
 

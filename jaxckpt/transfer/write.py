@@ -29,9 +29,17 @@ class DataWriter(Protocol):
 
     name: str
 
-    def append(self, data: np.ndarray) -> int: ...
-    def close(self) -> int: ...
-    def abort(self) -> None: ...
+    def append(self, data: np.ndarray) -> int:
+        """Append bytes; returns their offset."""
+        ...
+
+    def close(self) -> int:
+        """Make the file durable."""
+        ...
+
+    def abort(self) -> None:
+        """Give the file up."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -183,17 +191,15 @@ class _Worker:
             self._fill = 0
 
     def _current(self) -> DataWriter:
-        if (
-            self._file is not None
-            and self._file_bytes is not None
-            and self._fill == 0
-            and self._end >= self._file_bytes
-        ):
+        file = self._file
+        if file is not None and self._file_bytes is not None and not self._fill and self._end >= self._file_bytes:
             self.finish()
-        if self._file is None:
-            self._file, self._end = self._open(), 0
-            self.files.append(self._file.name)
-        return self._file
+            file = None
+        if file is None:
+            file = self._file = self._open()
+            self._end = 0
+            self.files.append(file.name)
+        return file
 
 
 def _batches(plan: SavePlan, pieces: list[list[Piece]]) -> Iterator[list[tuple[int, np.ndarray]]]:
