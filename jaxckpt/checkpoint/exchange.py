@@ -2,8 +2,8 @@
 
 Chunks that one process alone needs go straight to their places. A chunk that several need is read by one of them; the
 bytes read by all members of a group are exchanged by one jitted identity whose output is replicated within the group
-(an all-gather over the interconnect), in rounds of bounded size. Before each round all processes tell each other
-whether they could read: a damaged chunk raises on all of them, and none is left waiting.
+(an all-gather over the interconnect), in rounds of bounded size. Before each round, and at the end, all processes tell
+each other whether they could read: a damaged chunk raises on all of them, and none is left waiting.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,11 +11,11 @@ from functools import lru_cache
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from jaxckpt.checkpoint.place import Want
 from jaxckpt.checkpoint.source import OwnSource, needed_chunks
-from jaxckpt.core.errors import CheckpointError, CorruptionError
+from jaxckpt.core.errors import CheckpointError, CorruptionError, StorageError
 from jaxckpt.plan.restore import Groups, Sharing, rounds, sharing
 from jaxckpt.transfer.read import ChunkRead, LeafRead, deliver
 from jaxckpt.transfer.upload import Target
@@ -23,6 +23,17 @@ from jaxckpt.transfer.upload import Target
 ROUND_BYTES = 16 * 1024 * 1024  # read and sent by one process in one round
 _STATUS_BYTES = 1024
 _SMALLEST = 4096
+
+
+def is_shared(want: Want) -> bool:
+    """Whether several processes have a part in this value: then all of them take part in its restore."""
+    return want.sharding is not None and spans_processes(want.sharding)
+
+
+@lru_cache(maxsize=1024)
+def spans_processes(sharding: Sharding) -> bool:
+    """Whether the devices of a sharding belong to several processes."""
+    return len({device.process_index for device in sharding.device_set}) > 1
 
 
 def fill_together(source: OwnSource, targets: Mapping[int, tuple[Target, ...]], wants: Sequence[Want]) -> int:
@@ -51,17 +62,14 @@ def fill_together(source: OwnSource, targets: Mapping[int, tuple[Target, ...]], 
     error, read_bytes = None, 0
     try:
         read_bytes = source.read(own, reads) if own else 0
-    except CheckpointError as failure:
+    except Exception as failure:  # of any kind: the others must hear of it before they wait for this process
         error = failure
-    if not shared:
-        if error is not None:
-            raise error
-        return read_bytes
-    _agree(source.url, error)
     for groups, lists in sorted(streams.items()):
         for cut in rounds([[chunk.length for chunk in chunks] for chunks in lists], ROUND_BYTES):
             parts = [chunks[first:stop] for chunks, (first, stop) in zip(lists, cut, strict=True)]
-            read_bytes += _round(source, parts, groups, reads, rank)
+            more, error = _round(source, parts, groups, reads, rank, error)
+            read_bytes += more
+    agree(source.url, error)
     return read_bytes
 
 
@@ -70,8 +78,7 @@ def _split(wants: Sequence[Want]) -> tuple[dict[int, list[Want]], list[int]]:
     shared: dict[int, list[Want]] = {}
     alone: dict[int, None] = {}
     for want in wants:
-        spans = want.sharding is not None and len({d.process_index for d in want.sharding.device_set}) > 1
-        if spans:
+        if is_shared(want):
             shared.setdefault(want.leaf, []).append(want)
         else:
             alone[want.leaf] = None
@@ -84,9 +91,18 @@ def _exclusive(plan: Sharing, rank: int) -> list[int]:
 
 
 def _round(
-    source: OwnSource, parts: list[list[ChunkRead]], groups: Groups, reads: Mapping[int, LeafRead], rank: int
-) -> int:
-    """Read this process's part of one round, exchange it within the group, deliver what the group read."""
+    source: OwnSource,
+    parts: list[list[ChunkRead]],
+    groups: Groups,
+    reads: Mapping[int, LeafRead],
+    rank: int,
+    error: Exception | None,
+) -> tuple[int, Exception | None]:
+    """Read this process's part of one round, exchange it within the group, deliver what the group read.
+
+    ``error`` is what has gone wrong here so far: all hear of it before they exchange anything. Returns the bytes read,
+    and what went wrong after the exchange.
+    """
     sizes = [sum(chunk.length - 4 for chunk in chunks) for chunks in parts]
     width = _SMALLEST
     while width < max(sizes):
@@ -100,28 +116,36 @@ def _round(
     def keep(chunk: ChunkRead, data: np.ndarray) -> None:
         stream[places[chunk] : places[chunk] + len(data)] = data
 
-    error, read_bytes = None, 0
-    try:
-        read_bytes = source.read(list(parts[rank]), leaves, sink=keep) if parts[rank] else 0
-    except CheckpointError as failure:
-        error = failure
-    _agree(source.url, error)
+    read_bytes = 0
+    if error is None and parts[rank]:
+        try:
+            read_bytes = source.read(list(parts[rank]), leaves, sink=keep)
+        except Exception as failure:
+            error = failure
+    agree(source.url, error)
     group = next(group for group in groups if rank in group)
     received = _gather(stream, groups)
-    for row, process in enumerate(group):
+    try:
+        _deliver(received, [parts[process] for process in group], reads)
+    except Exception as failure:
+        return read_bytes, failure
+    return read_bytes, None
+
+
+def _deliver(received: np.ndarray, parts: list[list[ChunkRead]], reads: Mapping[int, LeafRead]) -> None:
+    for row, chunks in enumerate(parts):
         start = 0
-        for chunk in parts[process]:
+        for chunk in chunks:
             size = chunk.length - 4
             leaf = reads.get(chunk.leaf)
             if leaf is not None:
                 deliver(leaf, chunk.index, received[row, start : start + size])
             start += size
-    return read_bytes
 
 
-def _agree(url: str, error: CheckpointError | None) -> None:
-    """Raise on every process if one has an error."""
-    text = b"" if error is None else f"{type(error).__name__}: {error}".encode()[: _STATUS_BYTES - 1] or b"?"
+def agree(url: str, error: Exception | None) -> None:
+    """Raise on every process if one has an error; all processes call it."""
+    text = b"" if error is None else f"{type(error).__name__}: {error}".encode()[: _STATUS_BYTES - 1]
     status = np.zeros(_STATUS_BYTES, np.uint8)
     status[: len(text)] = np.frombuffer(text, np.uint8)
     everyone = (tuple(range(jax.process_count())),)
@@ -131,7 +155,8 @@ def _agree(url: str, error: CheckpointError | None) -> None:
     failed = [process for process in range(len(told)) if told[process].any()]
     if failed:
         words = told[failed[0]].tobytes().rstrip(b"\0").decode(errors="replace")
-        raise CorruptionError(f"Process {failed[0]} could not read its part of {url}: {words}")
+        kind = next((c for c in (CorruptionError, StorageError) if words.startswith(c.__name__)), CheckpointError)
+        raise kind(f"Process {failed[0]} of {len(told)} could not read its part of {url}: {words}")
 
 
 def _gather(mine: np.ndarray, groups: Groups) -> np.ndarray:

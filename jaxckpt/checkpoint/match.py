@@ -102,8 +102,8 @@ def raise_on(differences: Differences, url: str, places: Places, wanted: Sequenc
     lines += _counts(places.leaves, [leaf.path for leaf in wanted])
     lines.append(
         "Nothing was restored. Build `like` as the checkpoint has it (jaxckpt inspect shows its leaves), or say what "
-        "you accept: partial=True keeps the values of `like` where they differ and ignores what `like` has not, cast=True "
-        "converts dtypes, pad=True cuts or zero-fills shapes, only=... restores chosen leaves."
+        "you accept: partial=True keeps the values of `like` where they differ and ignores what `like` has not, "
+        "cast=True converts dtypes, pad=True cuts or zero-fills shapes, only=... restores chosen leaves."
     )
     raise MismatchError("\n".join(lines))
 

@@ -91,6 +91,8 @@ def _want_array(entry: LeafEntry, leaf: int, like: NamedLeaf, value: Any, *, cas
         return _want_key(entry, leaf, like, value, sharding)
     shape, dtype = tuple(value.shape), np.dtype(value.dtype)
     text = f'"{like.name}": checkpoint has {describe_entry(entry)}, `like` wants {shape} {dtype.name}'
+    if on_device and jax.dtypes.canonicalize_dtype(dtype) != dtype:
+        return Want(leaf=leaf), f"{text}; JAX arrays of {dtype.name} need jax_enable_x64, numpy arrays do not"
     if entry.kind in _NUMBERS:
         fits = shape == () and (_FAMILIES.get(_kind(dtype)) == entry.kind or cast)
         exact = fits and (cast or _is_exact(plain_value(entry), dtype))
@@ -101,8 +103,6 @@ def _want_array(entry: LeafEntry, leaf: int, like: NamedLeaf, value: Any, *, cas
         return Want(leaf=leaf), f"{text} (cast=True converts)"
     if shape != entry.shape and not (pad and len(shape) == len(entry.shape)):
         return Want(leaf=leaf), text
-    if on_device and jax.dtypes.canonicalize_dtype(dtype) != dtype:
-        return Want(leaf=leaf), f"{text}; JAX arrays of {dtype.name} need jax_enable_x64, numpy arrays do not"
     return Want(
         leaf=leaf,
         sharding=sharding,

@@ -3,13 +3,13 @@
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Sharding
 
-from jaxckpt.checkpoint.exchange import fill_together
+from jaxckpt.checkpoint.exchange import fill_together, is_shared
 from jaxckpt.checkpoint.leaves import plain_value
 from jaxckpt.checkpoint.match import Differences, Only, Places, prune, raise_on
 from jaxckpt.checkpoint.place import Want, default_sharding, saved_sharding, want_like
@@ -89,6 +89,7 @@ def _restore_as_saved(source: Source, choose: Chooser | None, only: Only) -> tup
     if only is not None and not places.leaves:
         raise MismatchError(f"{source.url} has no leaf that matches only={only!r}. jaxckpt inspect shows its leaves.")
     wants = {leaf: _want_saved(source, leaf, choose) for leaf in sorted(set(places.leaves.values()))}
+    _refuse_narrowing(source, wants.values())
     found, read_bytes = _fetch(source, list(wants.values()))
     values = dict(zip(wants, found, strict=True))
     structure = source.structure
@@ -111,6 +112,17 @@ def _want_saved(source: Source, leaf: int, choose: Chooser | None) -> Want:
             f'like("{entry.name}", spec) gave {chosen!r}; it must give a jax.sharding.Sharding or None.'
         )
     return Want(leaf=leaf, sharding=chosen)
+
+
+def _refuse_narrowing(source: Source, wants: Iterable[Want]) -> None:
+    entries = [source.leaves[want.leaf] for want in wants if want.sharding is not None]
+    wide = [e for e in entries if jax.dtypes.canonicalize_dtype(dtype_of(e.dtype)) != dtype_of(e.dtype)]
+    if wide:
+        shown = ", ".join(f'"{e.name}" ({e.dtype})' for e in wide[:5])
+        raise MismatchError(
+            f"{len(wide)} leaves of {source.url} are 64-bit JAX arrays, which this process would cut to 32 bits, as {shown}. "
+            "Nothing was restored: set jax_enable_x64, restore to numpy (jaxckpt.on_host), or give `like` and cast=True."
+        )
 
 
 def _restore_like(source: Source, like: Any, only: Only, *, partial: bool, cast: bool, pad: bool) -> tuple[Any, int]:
@@ -157,6 +169,7 @@ class _Job(NamedTuple):
 def _fetch(source: Source, wants: list[Want]) -> tuple[list[Any], int]:
     """The values of all wants, in batches that bound the host memory beyond them."""
     results: list[Any] = [None] * len(wants)
+    together = jax.process_count() > 1 and any(map(is_shared, wants))  # alike on all processes
     read_bytes, staged = 0, 0
     batch: list[_Job] = []
     for place, want in enumerate(wants):
@@ -167,10 +180,10 @@ def _fetch(source: Source, wants: list[Want]) -> tuple[list[Any], int]:
         batch.append(job)
         staged += _batch_bytes(source, job)
         if staged >= STAGING_BYTES:
-            read_bytes += _fill(source, batch, results)
+            read_bytes += _fill(source, batch, results, together=together)
             batch, staged = [], 0
     if batch:
-        read_bytes += _fill(source, batch, results)
+        read_bytes += _fill(source, batch, results, together=together)
     return results, read_bytes
 
 
@@ -191,11 +204,11 @@ def _destination(source: Source, want: Want) -> Destination:
     return device_destination(shape, dtype, want.sharding, cast=want.cast, zero=zero)
 
 
-def _fill(source: Source, batch: list[_Job], results: list[Any]) -> int:
+def _fill(source: Source, batch: list[_Job], results: list[Any], *, together: bool) -> int:
     targets: dict[int, tuple] = {}
     for job in batch:
         targets[job.want.leaf] = targets.get(job.want.leaf, ()) + job.destination.targets()
-    if jax.process_count() > 1 and isinstance(source, OwnSource):
+    if together and isinstance(source, OwnSource):
         read_bytes = fill_together(source, targets, [job.want for job in batch])
     else:
         read_bytes = source.fill(targets)

@@ -75,8 +75,8 @@ def check_manifest(store: AbstractStore, sidecar: sc.Sidecar) -> None:
     if found != sidecar.manifest_crc32c and found not in sidecar.supersedes:
         raise CorruptionError(
             f"{store.url}{MANIFEST} has crc32c {found:08x}, {sc.FILE_NAME} was committed with "
-            f"{sidecar.manifest_crc32c:08x}: it is damaged, or another program changed the database. To restore what the database holds now, move "
-            f"{sc.FILE_NAME} away."
+            f"{sidecar.manifest_crc32c:08x}: it is damaged, or another program changed the database. "
+            f"To restore what the database holds now, move {sc.FILE_NAME} away."
         )
 
 

