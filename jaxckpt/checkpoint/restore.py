@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Sharding
 
-from jaxckpt.checkpoint.exchange import fill_together, is_shared
+from jaxckpt.checkpoint.exchange import agree, fill_together, is_shared, spans_processes
 from jaxckpt.checkpoint.leaves import plain_value
 from jaxckpt.checkpoint.match import Differences, Only, Places, prune, raise_on
 from jaxckpt.checkpoint.place import Want, default_sharding, saved_sharding, want_like
@@ -69,11 +69,17 @@ def restore(
         7
     """
     start = time.perf_counter()
-    source = open_source(open_store(path, options))
-    if like is None or (callable(like) and not isinstance(like, jax.Array | jax.ShapeDtypeStruct)):
-        result, read_bytes = _restore_as_saved(source, like, only)
-    else:
-        result, read_bytes = _restore_like(source, like, only, partial=partial, cast=cast, pad=pad)
+
+    def plan() -> _Plan:
+        source = open_source(open_store(path, options))
+        if _is_tree(like):
+            return _plan_like(source, like, only, partial=partial, cast=cast, pad=pad)
+        return _plan_as_saved(source, like, only)
+
+    found = _plan_together(os.fspath(path), plan) if _is_tree(like) and _is_global(like) else plan()
+    source = found.source
+    values, read_bytes = _fetch(source, found.wants)
+    result = found.assemble(values)
     seconds = time.perf_counter() - start
     emit(Restored(path=source.url, process=jax.process_index(), read_bytes=read_bytes, seconds=seconds))
     return result
@@ -84,18 +90,49 @@ def on_host(name: str, spec: jax.ShapeDtypeStruct) -> None:
     return
 
 
-def _restore_as_saved(source: Source, choose: Chooser | None, only: Only) -> tuple[Any, int]:
+class _Plan(NamedTuple):
+    source: Source
+    wants: list[Want]
+    assemble: Callable[[list[Any]], Any]  # from the values of the wants to the tree
+
+
+def _is_tree(like: Any) -> bool:
+    return like is not None and (not callable(like) or isinstance(like, jax.Array | jax.ShapeDtypeStruct))
+
+
+def _is_global(like: Any) -> bool:
+    """Whether leaves of ``like`` live on several processes: then all of them take part in the restore."""
+    if jax.process_count() == 1:
+        return False
+    shardings = [getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(like)]
+    return any(sharding is not None and spans_processes(sharding) for sharding in shardings)
+
+
+def _plan_together(url: str, plan: Callable[[], _Plan]) -> _Plan:
+    """The plan of this process, or an error on all processes if one of them has none: say, it cannot see the files."""
+    try:
+        found = plan()
+    except Exception as error:
+        agree(url, error)
+        raise
+    agree(url, None)
+    return found
+
+
+def _plan_as_saved(source: Source, choose: Chooser | None, only: Only) -> _Plan:
     places = Places(source.structure, only)
     if only is not None and not places.leaves:
         raise MismatchError(f"{source.url} has no leaf that matches only={only!r}. jaxckpt inspect shows its leaves.")
     wants = {leaf: _want_saved(source, leaf, choose) for leaf in sorted(set(places.leaves.values()))}
     _refuse_narrowing(source, wants.values())
-    found, read_bytes = _fetch(source, list(wants.values()))
-    values = dict(zip(wants, found, strict=True))
     structure = source.structure
     if only is not None:
         structure = prune(structure, lambda leaf, path: path in places.leaves) or NONE
-    return build(structure, values.__getitem__), read_bytes
+
+    def assemble(found: list[Any]) -> Any:
+        return build(structure, dict(zip(wants, found, strict=True)).__getitem__)
+
+    return _Plan(source, list(wants.values()), assemble)
 
 
 def _want_saved(source: Source, leaf: int, choose: Chooser | None) -> Want:
@@ -125,7 +162,7 @@ def _refuse_narrowing(source: Source, wants: Iterable[Want]) -> None:
         )
 
 
-def _restore_like(source: Source, like: Any, only: Only, *, partial: bool, cast: bool, pad: bool) -> tuple[Any, int]:
+def _plan_like(source: Source, like: Any, only: Only, *, partial: bool, cast: bool, pad: bool) -> _Plan:
     places = Places(source.structure, only)
     leaves, _ = flatten(like)
     differences, wants, used = Differences(), {}, set()
@@ -146,9 +183,12 @@ def _restore_like(source: Source, like: Any, only: Only, *, partial: bool, cast:
     else:
         raise_on(differences, source.url, places, leaves)
     distinct = list(dict.fromkeys(wants.values()))  # tied leaves with one placement are one array again
-    found, read_bytes = _fetch(source, distinct)
-    values = dict(zip(distinct, found, strict=True))
-    return rebuild(like, lambda path, old: values[wants[path]] if path in wants else old), read_bytes
+
+    def assemble(found: list[Any]) -> Any:
+        values = dict(zip(distinct, found, strict=True))
+        return rebuild(like, lambda path, old: values[wants[path]] if path in wants else old)
+
+    return _Plan(source, distinct, assemble)
 
 
 def _check_kept(url: str, leaves: list, wants: dict) -> None:
