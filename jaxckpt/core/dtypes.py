@@ -42,6 +42,11 @@ def mover(dtype: np.dtype) -> np.dtype:
     return _MOVERS.get(dtype.itemsize, dtype)
 
 
+def is_packed(dtype: np.dtype) -> bool:
+    """Whether XLA may keep several elements in one byte, where numpy and the checkpoint have a byte for each."""
+    return dtype.kind == "V" and dtype.name.startswith(("int", "uint", "float4", "float6"))
+
+
 def is_storable(dtype: np.dtype) -> bool:
     """Whether arrays of this dtype can be stored: numeric, boolean or an ml_dtypes extension."""
     return dtype.kind in "biufc" or (dtype.kind == "V" and dtype.fields is None and hasattr(ml_dtypes, dtype.name))

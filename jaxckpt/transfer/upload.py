@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import Sharding
 
 from jaxckpt.core.box import Box, from_index, whole
-from jaxckpt.core.dtypes import mover
+from jaxckpt.core.dtypes import is_packed, mover
 from jaxckpt.core.errors import InvalidArgumentError
 from jaxckpt.plan.shards import device_boxes
 
@@ -69,7 +69,8 @@ def device_destination(
     """
     boxes = device_boxes(sharding, shape)
     shard_bytes = max((box.size for box in boxes.values()), default=0) * dtype.itemsize
-    if cast is None and shard_bytes >= IN_PLACE_BYTES and _is_plain_cpu(sharding):
+    in_place = cast is None and shard_bytes >= IN_PLACE_BYTES and not is_packed(dtype)
+    if in_place and _is_plain_cpu(sharding):
         return _in_place(shape, dtype, sharding, boxes)
     return _staged(shape, dtype, sharding, boxes, cast, zero)
 
