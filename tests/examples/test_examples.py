@@ -1,0 +1,58 @@
+"""The examples run as their first lines say, alone and as a job of two processes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from jaxckpt.testing.processes import run_processes
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+PLAIN = sorted(path for path in EXAMPLES.glob("*.py") if "demo" not in path.name)
+
+
+def run(name: str, *arguments: str) -> str:
+    environment = os.environ | {"PYTHONPATH": str(EXAMPLES.parent)}
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / name), *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=100,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_save_restore_runs_in_one_process(tmp_path: Path) -> None:
+    assert "0 differ" in run("save_restore.py", str(tmp_path / "state"))
+
+
+def test_save_restore_runs_in_two_processes(tmp_path: Path) -> None:
+    differing = run_processes(
+        f"{EXAMPLES / 'save_restore.py'}:save_and_restore",
+        n=2,
+        devices=2,
+        args={"path": str(tmp_path / "state")},
+        timeout_s=120,
+    )
+    assert differing == [0, 0]
+
+
+def test_orbax_both_ways_runs(tmp_path: Path) -> None:
+    assert "equal to the bit: True" in run("orbax_both_ways.py", str(tmp_path))
+
+
+@pytest.mark.parametrize("path", PLAIN, ids=lambda path: path.name)
+def test_examples_are_short(path: Path) -> None:
+    assert len(path.read_text().splitlines()) < 100
+
+
+@pytest.mark.slow
+def test_the_demo_proves_what_it_claims() -> None:
+    assert "proofs hold" in run("demo.py")
