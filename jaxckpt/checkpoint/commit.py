@@ -119,8 +119,9 @@ def commit(
     rest = {**metadata, MANIFEST: database.manifest}
     if before.committed:
         store.write_all(nodes)
+        # An older Orbax may have written no marker, and a sidecar without one is no checkpoint: it must be there first.
+        store.write_all({om.COMMIT_MARKER: om.commit_text(store.url)})
         store.write_all({sc.FILE_NAME: sidecar})  # the new checkpoint exists from here on
-        store.write_all({om.COMMIT_MARKER: om.commit_text(store.url)})  # an old Orbax may have written none
         store.write_all(rest)
     else:
         store.write_all({**nodes, **rest, sc.FILE_NAME: sidecar})
