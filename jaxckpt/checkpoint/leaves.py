@@ -14,7 +14,9 @@ from jaxckpt.core.tree import NamedLeaf, Node, flatten, map_leaves
 from jaxckpt.format.sidecar import LeafEntry
 from jaxckpt.plan.save import ArraySpec
 
+_NOTHING = ArraySpec(shape=(0,), itemsize=1, sharding=None)  # a value that lives in the sidecar
 Compression = int | dict[str, int | None] | Callable[[str, Any], int | None] | None
+LARGEST_INT_BITS = 14_000  # Python converts no more than 4,300 digits to text and back
 
 
 class Described(NamedTuple):
@@ -39,6 +41,7 @@ def describe(tree: Any, compression: Compression = None) -> Described:
     index: list[int] = []
     entries: list[LeafEntry] = []
     arrays: list[Any] = []
+    specs: list[ArraySpec] = []
     refused: list[str] = []
     for leaf in leaves:
         shared = isinstance(leaf.value, jax.Array | np.ndarray)
@@ -55,11 +58,17 @@ def describe(tree: Any, compression: Compression = None) -> Described:
         index.append(len(entries))
         entries.append(entry)
         arrays.append(array)
+        if array is None:
+            specs.append(_NOTHING)
+        else:
+            sharding = array.sharding if isinstance(array, jax.Array) else None
+            specs.append(ArraySpec(shape=tuple(array.shape), itemsize=array.dtype.itemsize, sharding=sharding))
+    refused += _unwritable_names(leaves)
     if refused:
         raise UnsupportedLeafError(_refusal(refused))
     if len(seen) < len(leaves):
         structure = map_leaves(structure, index.__getitem__)
-    return Described(structure, leaves, index, entries, arrays, [_spec(array) for array in arrays])
+    return Described(structure, leaves, index, entries, arrays, specs)
 
 
 def sharding_record(sharding: Sharding) -> dict[str, Any]:
@@ -106,6 +115,8 @@ def _classify(leaf: NamedLeaf, compression: Compression) -> tuple[LeafEntry, Any
     if isinstance(value, bytes):
         array = np.frombuffer(value, np.uint8)
         return _array_entry(leaf, "bytes", array, compression), array
+    if isinstance(value, int) and value.bit_length() > LARGEST_INT_BITS:
+        raise UnsupportedLeafError(f'"{leaf.name}" is an int of {value.bit_length()} bits: at most {LARGEST_INT_BITS}')
     if isinstance(value, bool | int | str):
         plain = {bool: "bool", str: "str"}.get(type(value), "int" if isinstance(value, int) else "str")
         return LeafEntry(name=leaf.name, kind=plain, value=value), None
@@ -156,11 +167,13 @@ def _level(compression: Compression, name: str, array: Any) -> int | None:
     return level
 
 
-def _spec(array: Any) -> ArraySpec:
-    if array is None:
-        return ArraySpec(shape=(0,), itemsize=1, sharding=None)
-    sharding = array.sharding if isinstance(array, jax.Array) else None
-    return ArraySpec(shape=tuple(array.shape), itemsize=array.dtype.itemsize, sharding=sharding)
+def _unwritable_names(leaves: Sequence[NamedLeaf]) -> list[str]:
+    try:
+        "".join([leaf.name for leaf in leaves]).encode()
+    except UnicodeEncodeError:
+        bad = [leaf.name for leaf in leaves if any("\ud800" <= char <= "\udfff" for char in leaf.name)]
+        return [f"{name!a} has a lone surrogate in its name" for name in bad]
+    return []
 
 
 def _refusal(refused: Sequence[str]) -> str:

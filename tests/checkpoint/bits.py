@@ -56,7 +56,7 @@ def random_bits(dtype: Any, shape: tuple[int, ...], seed: int = 0) -> np.ndarray
     dtype = np.dtype(dtype)
     size = int(np.prod(shape, dtype=np.int64))
     data = np.random.default_rng(seed).integers(0, 256, size * dtype.itemsize, np.uint8)
-    if dtype == bool:
+    if dtype.kind == "b":
         data &= 1
     elif dtype.name.startswith(("int", "uint")) and dtype.kind == "V":
         bits = int(dtype.name.removeprefix("u").removeprefix("int"))
