@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 from jaxckpt.checkpoint.place import Want
 from jaxckpt.checkpoint.source import OwnSource, needed_chunks
 from jaxckpt.core.errors import CheckpointError, CorruptionError, StorageError
-from jaxckpt.plan.restore import Groups, Sharing, rounds, sharing
+from jaxckpt.plan.restore import Groups, Sharing, rounds, sharing, split_evenly
 from jaxckpt.transfer.read import ChunkRead, LeafRead, deliver
 from jaxckpt.transfer.upload import Target
 
@@ -46,7 +46,7 @@ def fill_together(source: OwnSource, targets: Mapping[int, tuple[Target, ...]], 
     shared, alone = _split(wants)
     reads = {leaf: source.leaf_read(leaf, boxes) for leaf, boxes in targets.items()}
     own = [source.chunk_read(leaf, i) for leaf in alone for i in needed_chunks(source.leaves[leaf], targets[leaf])]
-    streams: dict[Groups, list[list[ChunkRead]]] = {}
+    chunks: dict[tuple[Groups, tuple[int, ...]], list[ChunkRead]] = {}  # by the processes that need them
     for leaf, forms in shared.items():
         entry = source.leaves[leaf]
         if 0 in entry.shape:
@@ -54,10 +54,10 @@ def fill_together(source: OwnSource, targets: Mapping[int, tuple[Target, ...]], 
         forms = tuple((want.sharding, want.shape or entry.shape) for want in forms)
         plan = sharing(forms, entry.shape, entry.chunk, jax.process_count())
         own += [source.chunk_read(leaf, i) for i in _exclusive(plan, rank)]
-        readers = plan.readers(leaf)
-        lists = streams.setdefault(plan.groups, [[] for _ in range(jax.process_count())])
         for index in np.nonzero(plan.needs.sum(axis=1) > 1)[0].tolist():
-            lists[int(readers[index])].append(source.chunk_read(leaf, index))
+            needed_by = tuple(np.nonzero(plan.needs[index])[0].tolist())
+            chunks.setdefault((plan.groups, needed_by), []).append(source.chunk_read(leaf, index))
+    streams = _streams(chunks)
 
     error, read_bytes = None, 0
     try:
@@ -71,6 +71,24 @@ def fill_together(source: OwnSource, targets: Mapping[int, tuple[Target, ...]], 
             read_bytes += more
     agree(source.url, error)
     return read_bytes
+
+
+def _streams(chunks: Mapping[tuple[Groups, tuple[int, ...]], list[ChunkRead]]) -> dict[Groups, list[list[ChunkRead]]]:
+    """What each process reads for others: neighbours in a file go to one process, as the plan is the same everywhere."""
+    streams: dict[Groups, list[list[ChunkRead]]] = {}
+    for (groups, needed_by), found in sorted(chunks.items()):
+        lists = streams.setdefault(groups, [[] for _ in range(jax.process_count())])
+        found.sort(key=_place)
+        for chunk, part in zip(found, split_evenly([chunk.length for chunk in found], len(needed_by)), strict=True):
+            lists[needed_by[part]].append(chunk)
+    for lists in streams.values():
+        for own in lists:
+            own.sort(key=_place)
+    return streams
+
+
+def _place(chunk: ChunkRead) -> tuple[str, int]:
+    return chunk.file, chunk.offset
 
 
 def _split(wants: Sequence[Want]) -> tuple[dict[int, list[Want]], list[int]]:

@@ -9,6 +9,9 @@ from typing import Any
 
 from jaxckpt.core.errors import InvalidArgumentError
 
+_LIBRARIES = ("jaxckpt", "jax", "jaxlib", "tensorstore", "numpy")
+_version = lru_cache(version)  # each look-up reads a file
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lineage:
@@ -32,22 +35,17 @@ def lineage_record(
         raise InvalidArgumentError(
             f"metadata must be JSON values: {error}. Put arrays into the tree instead."
         ) from error
+    versions = {}
+    for name in _LIBRARIES:
+        try:
+            versions[name] = _version(name)
+        except PackageNotFoundError:
+            continue
     fields = ("path", "step", "weight", "method")
     return {
         "step": step,
         "metadata": dict(metadata or {}),
         "parents": tuple([{name: getattr(parent, name) for name in fields} for parent in parents]),
         "processes": processes,
-        "versions": dict(_versions()),
+        "versions": versions,
     }
-
-
-@lru_cache(maxsize=1)
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in ("jaxckpt", "jax", "jaxlib", "tensorstore", "numpy"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found

@@ -113,7 +113,9 @@ class OwnSource:
         local = self.store.data_file_bytes is None
         threads = self.store.parallel_io if size > 2 * LOCAL_RUN_BYTES or not local else 1
         run_bytes = LOCAL_RUN_BYTES if local else REMOTE_RUN_BYTES
-        return read_chunks(self.store, chunks, reads, threads=threads, run_bytes=run_bytes, sink=sink)
+        return read_chunks(
+            self.store, chunks, reads, threads=threads, run_bytes=run_bytes, cheap_reads=local, sink=sink
+        )
 
     def leaf_read(self, leaf: int, targets: tuple[Target, ...]) -> LeafRead:
         """What the reader needs to know of a leaf."""

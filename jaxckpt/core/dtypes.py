@@ -7,7 +7,7 @@ import ml_dtypes
 import numpy as np
 
 # zarr v3 has no name for these in TensorStore 0.1.86; their bytes are stored as uint8.
-_ZARR3 = {
+ZARR3_DTYPES = {
     "bool", "int2", "int4", "int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64",
     "float4_e2m1fn", "float8_e3m4", "float8_e4m3b11fnuz", "float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2",
     "float8_e5m2fnuz", "float8_e8m0fnu", "bfloat16", "float16", "float32", "float64", "complex64", "complex128",
@@ -28,12 +28,6 @@ def dtype_of(name: str) -> np.dtype:
         return np.dtype(name)
     except TypeError:
         return np.dtype(getattr(ml_dtypes, name, None) or getattr(jnp, name))
-
-
-@lru_cache(maxsize=256)
-def zarr3_dtype(name: str) -> str:
-    """The zarr v3 data type under which the bytes of a dtype are stored."""
-    return name if name in _ZARR3 else "uint8"
 
 
 @lru_cache(maxsize=256)

@@ -56,7 +56,10 @@ def flatten(tree: PyTree) -> tuple[list[NamedLeaf], Node]:
     """
     found: list[tuple[Path, Any]] = []
     structure = _record(tree, (), found)
-    return _named(found), structure
+    names = [".".join(map(str, path)) for path, _ in found]
+    if len(set(names)) != len(names):
+        names = _distinct(names)
+    return [NamedLeaf(name, path, value) for name, (path, value) in zip(names, found, strict=True)], structure
 
 
 def children_of(tree: PyTree) -> tuple[str, str, tuple[Hashable, ...], list[Any]] | None:
@@ -176,19 +179,17 @@ def _record(tree: PyTree, path: Path, found: list[tuple[Path, Any]]) -> Node:
     )
 
 
-def _named(found: list[tuple[Path, Any]]) -> list[NamedLeaf]:
-    names = [path_name(path) for path, _ in found]
-    if len(set(names)) != len(names):
-        taken, seen = set(names), Counter()
-        for i, name in enumerate(names):
-            seen[name] += 1
-            if seen[name] > 1:
-                count = seen[name]
-                while f"{name}~{count}" in taken:
-                    count += 1
-                names[i] = f"{name}~{count}"
-                taken.add(names[i])
-    return [NamedLeaf(name, path, value) for name, (path, value) in zip(names, found, strict=True)]
+def _distinct(names: list[str]) -> list[str]:
+    names, taken, seen = list(names), set(names), Counter()
+    for i, name in enumerate(names):
+        seen[name] += 1
+        if seen[name] > 1:
+            count = seen[name]
+            while f"{name}~{count}" in taken:
+                count += 1
+            names[i] = f"{name}~{count}"
+            taken.add(names[i])
+    return names
 
 
 def _key(entry: Any) -> Hashable:

@@ -187,14 +187,16 @@ def _check_columns(columns: Columns) -> _Table:
         raise InvalidArgumentError(f"keys, inline, file_ids, offsets, lengths differ in length: {counts}")
     key_bytes, inline_bytes = sizes_of(keys), sizes_of(inline)
     indirect = file_ids >= 0
-    _refuse(key_bytes > MAX_KEY_BYTES, keys, f"is longer than the {MAX_KEY_BYTES} bytes that OCDBT allows")
-    _refuse(inline_bytes > MAX_INLINE_BYTES, keys, f"has more than {MAX_INLINE_BYTES} inline bytes: use a data file")
-    _refuse((file_ids < -1) | (file_ids >= len(columns.files)), keys, f"has no file id in [-1, {len(columns.files)})")
-    _refuse(indirect & (inline_bytes > 0), keys, "has both inline bytes and a data file: give one")
     end_overflows = lengths > np.iinfo(np.int64).max - np.maximum(offsets, 0)
-    _refuse(
-        indirect & ((offsets < 0) | (lengths < 0) | end_overflows), keys, "has an offset and length outside [0, 2**63)"
-    )
+    for bad, why in (
+        (key_bytes > MAX_KEY_BYTES, f"is longer than the {MAX_KEY_BYTES} bytes that OCDBT allows"),
+        (inline_bytes > MAX_INLINE_BYTES, f"has more than {MAX_INLINE_BYTES} inline bytes: use a data file"),
+        ((file_ids < -1) | (file_ids >= len(columns.files)), f"has no file id in [-1, {len(columns.files)})"),
+        (indirect & (inline_bytes > 0), "has both inline bytes and a data file: give one"),
+        (indirect & ((offsets < 0) | (lengths < 0) | end_overflows), "has an offset and length outside [0, 2**63)"),
+    ):
+        if bad.any():
+            raise InvalidArgumentError(f"key {keys[int(bad.argmax())]!r} {why}")
     # Nothing to read is better said in the node than by a range of a file that may have no byte there.
     file_ids = np.where(lengths == 0, -1, file_ids)
     named = [_encode_path(columns.files[i], "data file") for i in range(len(columns.files))]
@@ -205,11 +207,6 @@ def _check_columns(columns: Columns) -> _Table:
         file_ids = order[file_ids]
     lengths = np.where(file_ids >= 0, lengths, inline_bytes)
     return _Table(keys=keys, inline=inline, paths=paths, file_ids=file_ids, offsets=offsets, lengths=lengths)
-
-
-def _refuse(bad: np.ndarray, keys: Sequence[bytes], why: str) -> None:
-    if bad.any():
-        raise InvalidArgumentError(f"key {keys[int(bad.argmax())]!r} {why}")
 
 
 def _encode_path(path: str, what: str) -> bytes:
@@ -243,7 +240,7 @@ def _sort_by_key(table: _Table) -> _Table:
 def _append_leaves(nodes: bytearray, table: _Table, node_bytes: int) -> list[_Node]:
     indirect = table.file_ids >= 0
     sizes = sizes_of(table.keys) + np.where(indirect, 0, table.lengths) + _ENTRY_OVERHEAD_BYTES
-    groups = _split(sizes.tolist(), node_bytes, 1)
+    groups = [(0, len(sizes))] if 0 < sizes.sum() < node_bytes else _split(sizes.tolist(), node_bytes, 1)
     level = []
     for start, stop in groups:
         keys = table.keys[start:stop]

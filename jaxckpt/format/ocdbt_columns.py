@@ -38,14 +38,13 @@ def encode_keys(keys: Sequence[bytes], excluded: int) -> tuple[bytes, bytes, byt
     The first ``excluded`` bytes, which the keys share, are left out.
     """
     relative = [key[excluded:] for key in keys] if excluded else keys
-    shared = _shared_with_previous(relative)
+    shared = _shared_with_previous(relative, sizes_of(relative)) if len(relative) > 1 else np.zeros(0, np.int64)
     suffixes = [key[keep:] for key, keep in zip(relative, [0, *shared.tolist()], strict=True)]
     return encode_varints(shared), encode_varints(sizes_of(suffixes)), b"".join(suffixes)
 
 
-def _shared_with_previous(keys: Sequence[bytes]) -> np.ndarray:
+def _shared_with_previous(keys: Sequence[bytes], sizes: np.ndarray) -> np.ndarray:
     """Return, for each key but the first, how many bytes it starts with in common with the key before it."""
-    sizes = sizes_of(keys)
     width = max(1, int(sizes.max()))
     rows = max(1, _COMPARED_BYTES // width)
     shared = []

@@ -91,9 +91,16 @@ class Place(NamedTuple):
         return path_name(self.path)
 
 
-def places(structure: Node) -> Iterator[Place]:
+def places(structure: Node, path: Path = (), sequence: tuple[bool, ...] = ()) -> Iterator[Place]:
     """Every leaf and every empty container of a tree, in order; a tied leaf comes once per place."""
-    yield from _places(structure, (), ())
+    if structure.kind == "leaf":
+        yield Place(path, sequence, structure.leaf, "")
+    elif structure.children:
+        inner = (*sequence, structure.kind in ("list", "tuple"))
+        for key, child in zip(structure.keys, structure.children, strict=True):
+            yield from places(child, (*path, key), inner)
+    else:
+        yield Place(path, sequence, -1, _EMPTY_OF_KIND.get(structure.kind, "None"))
 
 
 def encode_tree_metadata(
@@ -123,7 +130,7 @@ def encode_tree_metadata(
         "store_array_data_equal_to_fill_value": True,
         "custom_metadata": custom_metadata,
     }
-    return _json(record)
+    return json.dumps(record).encode()
 
 
 def encode_checkpoint_metadata(
@@ -143,7 +150,7 @@ def encode_checkpoint_metadata(
         "commit_timestamp_nsecs": commit_timestamp_ns,
         "custom_metadata": dict(custom_metadata or {}),
     }
-    return _json(record)
+    return json.dumps(record).encode()
 
 
 def encode_sharding(leaves: Iterable[OrbaxLeaf]) -> bytes:
@@ -177,7 +184,7 @@ def encode_array_metadatas(leaves: Iterable[OrbaxLeaf]) -> bytes:
         for leaf in leaves
         if leaf.value_type == "jax.Array"
     ]
-    return _json({"array_metadatas": entries})
+    return json.dumps({"array_metadatas": entries}).encode()
 
 
 def encode_strings(leaves: Iterable[OrbaxLeaf]) -> bytes | None:
@@ -200,7 +207,7 @@ def encode_strings(leaves: Iterable[OrbaxLeaf]) -> bytes | None:
             # Names like "a" and "a/b" cannot both be reached by pointers; the first one stays.
             level = below if isinstance(below, dict) else {}
         level.setdefault(last, leaf.text)
-    return _json(found) if any_text else None
+    return json.dumps(found).encode() if any_text else None
 
 
 class TreeEntry(NamedTuple):
@@ -316,17 +323,6 @@ def commit_text(url: str) -> bytes:
     return f"Checkpoint commit was successful to {url}".encode()
 
 
-def _places(node: Node, path: Path, sequence: tuple[bool, ...]) -> Iterator[Place]:
-    if node.kind == "leaf":
-        yield Place(path, sequence, node.leaf, "")
-    elif node.children:
-        inner = (*sequence, node.kind in ("list", "tuple"))
-        for key, child in zip(node.keys, node.children, strict=True):
-            yield from _places(child, (*path, key), inner)
-    else:
-        yield Place(path, sequence, -1, _EMPTY_OF_KIND.get(node.kind, "None"))
-
-
 # Orbax itself, without "rich types", writes an empty namedtuple or custom node as None, and compares it so.
 _EMPTY_OF_KIND = {"none": "None", "dict": "Dict", "list": "List", "tuple": "Tuple"}
 
@@ -341,13 +337,9 @@ def _orbax_keys(leaf: OrbaxLeaf) -> tuple[str, ...]:
     return (leaf.name,)
 
 
-def _key_entry(key: str, sequence: bool) -> dict[str, object]:
-    return _cached_entry(key, sequence and key.isdecimal())
-
-
 @lru_cache(maxsize=65536)
-def _cached_entry(key: str, sequence: bool) -> dict[str, object]:
-    return {"key": key, "key_type": 1 if sequence else 2}
+def _key_entry(key: str, sequence: bool) -> dict[str, object]:
+    return {"key": key, "key_type": 1 if sequence and key.isdecimal() else 2}
 
 
 def _sharding_record(sharding: Sharding, meshes: dict[object, dict[str, object]]) -> dict[str, object]:
@@ -388,7 +380,3 @@ def _spec_part(part: object) -> object:
     if part is None or isinstance(part, str):
         return part
     return list(part) if isinstance(part, tuple) else None
-
-
-def _json(record: object) -> bytes:
-    return json.dumps(record).encode()

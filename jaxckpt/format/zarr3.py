@@ -10,7 +10,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from jaxckpt.core.dtypes import zarr3_dtype
+from jaxckpt.core.dtypes import ZARR3_DTYPES
 
 CHECKSUM_BYTES = 4
 
@@ -18,7 +18,7 @@ CHECKSUM_BYTES = 4
 @lru_cache(maxsize=4096)
 def array_metadata(shape: tuple[int, ...], dtype: str, chunk: tuple[int, ...], zstd_level: int | None) -> bytes:
     """The ``zarr.json`` of an array."""
-    stored = zarr3_dtype(dtype)
+    stored = dtype if dtype in ZARR3_DTYPES else "uint8"
     # Single-byte types have no byte order.
     codecs: list[dict[str, object]] = [_BYTES if stored in _ONE_BYTE or "float4" in stored else _BYTES_LITTLE]
     if zstd_level is not None:
@@ -49,15 +49,10 @@ def metadata_key(name: str) -> str:
 
 def chunk_keys(name: str, grid: tuple[int, ...]) -> list[str]:
     """The database keys of all chunks of an array, in C order of the grid."""
-    return [f"{name}/{suffix}" for suffix in _suffixes(grid)] if name else list(_suffixes(grid))
-
-
-@lru_cache(maxsize=1024)
-def _suffixes(grid: tuple[int, ...]) -> tuple[str, ...]:
-    keys = ["c"]
+    keys = [f"{name}/c" if name else "c"]
     for extent in grid:
         keys = [f"{key}/{i}" for key in keys for i in range(extent)]
-    return tuple(keys)
+    return keys
 
 
 def grid_of(shape: Sequence[int], chunk: Sequence[int]) -> tuple[int, ...]:

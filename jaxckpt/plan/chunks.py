@@ -31,18 +31,18 @@ def chunk_shape(
     if not all(layout.shape):
         return tuple([max(n, 1) for n in layout.shape])
     cell, block = layout.cell, layout.block
-    start = block if _bytes(block, itemsize) >= rule.smallest and _divides(block, cell, layout.shape) else cell
-    limit = min(max(rule.largest, _bytes(start, itemsize) // rule.pieces), rule.ceiling)
+    start = block if itemsize * math.prod(block) >= rule.smallest and _divides(block, cell, layout.shape) else cell
+    limit = min(max(rule.largest, itemsize * math.prod(start) // rule.pieces), rule.ceiling)
     if largest is not None:
         limit = min(limit, max(largest, itemsize))
-    return start if _bytes(start, itemsize) <= limit else _cut(start, layout.shape, itemsize, limit)
+    return start if itemsize * math.prod(start) <= limit else _cut(start, layout.shape, itemsize, limit)
 
 
 def _cut(extent: tuple[int, ...], shape: tuple[int, ...], itemsize: int, limit: int) -> tuple[int, ...]:
     """Cut along the first dimensions until a chunk fits the limit."""
     chunk = list(extent)
     for d in range(len(chunk)):
-        size = _bytes(tuple(chunk), itemsize)
+        size = itemsize * math.prod(chunk)
         if size <= limit:
             break
         at_most = max(limit // (size // chunk[d]), 1)
@@ -65,7 +65,3 @@ def _largest_part(extent: int, at_most: int, *, may_overhang: bool) -> int:
 
 def _divides(block: tuple[int, ...], cell: tuple[int, ...], shape: tuple[int, ...]) -> bool:
     return all(b and (c % b == 0 or (b == n and c == n)) for b, c, n in zip(block, cell, shape, strict=True))
-
-
-def _bytes(extent: tuple[int, ...], itemsize: int) -> int:
-    return itemsize * math.prod(extent)

@@ -56,6 +56,20 @@ def sharing(
     return Sharing(needs=needs, groups=_groups(needs))
 
 
+def split_evenly(sizes: Sequence[int], parts: int) -> list[int]:
+    """The part (0 ... parts - 1) of each of these in turn, so that parts are runs of about equal size.
+
+    Example:
+        >>> split_evenly([4, 4, 4, 4, 16], 2)
+        [0, 0, 0, 0, 1]
+    """
+    ends = np.cumsum(np.array(sizes, np.int64))
+    if not len(ends):
+        return []
+    middles = ends - np.array(sizes) / 2
+    return np.minimum(middles * parts // max(int(ends[-1]), 1), parts - 1).astype(int).tolist()
+
+
 def rounds(sizes: Sequence[Sequence[int]], limit: int) -> list[list[tuple[int, int]]]:
     """Cut each process's list of chunk sizes into rounds of at most ``limit`` bytes.
 

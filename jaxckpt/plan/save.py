@@ -36,6 +36,7 @@ class SavePlan:
 
     chunks: tuple[tuple[int, ...], ...]
     grids: tuple[tuple[int, ...], ...]
+    chunk_bytes: tuple[int, ...]
     mine: tuple[np.ndarray, ...]
     load_bytes: np.ndarray
 
@@ -77,7 +78,9 @@ def plan_save(
             loads[0] += len(mine[i]) * sizes[i]
             continue
         mine[i] = _mine(layouts[i], chunks[i], grids[i], sizes[i], loads, rank)
-    return SavePlan(chunks=tuple(chunks), grids=tuple(grids), mine=tuple(mine), load_bytes=loads)
+    return SavePlan(
+        chunks=tuple(chunks), grids=tuple(grids), chunk_bytes=tuple(sizes), mine=tuple(mine), load_bytes=loads
+    )
 
 
 def chunks_of_box(box: Box, chunk: Sequence[int], grid: Sequence[int]) -> np.ndarray:

@@ -53,7 +53,15 @@ def layout_of(sharding: Sharding | None, shape: tuple[int, ...], *, devices_per_
         pattern = _named_pattern(sharding.mesh, PartitionSpec(*spec), len(shape), devices_per_process)
         # Uneven shards leave some devices with nothing, which the pattern cannot know.
         if all(n % k == 0 for n, k in zip(shape, pattern.blocks, strict=True)):
-            return _scale(pattern, shape)
+            block = np.array([n // k for n, k in zip(shape, pattern.blocks, strict=True)], np.int64)
+            return Layout(
+                shape=shape,
+                block=tuple(block.tolist()),
+                cell=tuple((block * np.array(pattern.unit, np.int64)).tolist()),
+                lo=pattern.lo * block,
+                hi=pattern.hi * block,
+                holders=pattern.holders,
+            )
     return _from_devices(sharding, shape)
 
 
@@ -70,18 +78,6 @@ class _Pattern:
     lo: np.ndarray  # [boxes, ndim] in blocks
     hi: np.ndarray
     holders: np.ndarray
-
-
-def _scale(pattern: _Pattern, shape: tuple[int, ...]) -> Layout:
-    block = np.array([n // k for n, k in zip(shape, pattern.blocks, strict=True)], np.int64)
-    return Layout(
-        shape=shape,
-        block=tuple(block.tolist()),
-        cell=tuple((block * np.array(pattern.unit, np.int64)).tolist()),
-        lo=pattern.lo * block,
-        hi=pattern.hi * block,
-        holders=pattern.holders,
-    )
 
 
 @lru_cache(maxsize=4096)
@@ -103,14 +99,11 @@ def _named_pattern(mesh: Mesh | AbstractMesh, spec: PartitionSpec, ndim: int, de
         blocks.append(int(np.prod([sizes[name] for name in axes], dtype=np.int64)))
         index.append(place)
     where = np.stack(index, axis=1) if index else np.zeros((coords.shape[1], 0), np.int64)
-    return _pattern(tuple(blocks), where, _processes(mesh, devices_per_process))
-
-
-@lru_cache(maxsize=64)
-def _processes(mesh: Mesh | AbstractMesh, devices_per_process: int) -> np.ndarray:
     if isinstance(mesh, AbstractMesh):
-        return np.arange(int(np.prod(tuple(mesh.shape.values())))) // devices_per_process
-    return np.array([d.process_index for d in mesh.devices.flat])
+        process = np.arange(coords.shape[1]) // devices_per_process
+    else:
+        process = np.array([d.process_index for d in mesh.devices.flat])
+    return _pattern(tuple(blocks), where, process)
 
 
 def _pattern(blocks: tuple[int, ...], where: np.ndarray, process: np.ndarray) -> _Pattern:

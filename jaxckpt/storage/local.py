@@ -8,6 +8,7 @@ import os
 import stat
 import threading
 from collections import OrderedDict
+from functools import cached_property
 from pathlib import Path
 from typing import final
 from uuid import uuid4
@@ -31,9 +32,12 @@ class LocalStore(AbstractStore):
         self.root = os.path.abspath(root)
         self.url = Path(self.root, "x").as_uri()[:-1]
         self.parallel_io = min(4, max(2, os.cpu_count() or 1))
-        self._files = _OpenFiles()
         self._unsynced: set[str] = set()
         self._lock = threading.Lock()
+
+    @cached_property
+    def _files(self) -> "_OpenFiles":
+        return _OpenFiles()
 
     def read(self, name: str, *, start: int = 0, stop: int | None = None) -> bytes:
         with self._files.open(self._path(name), self, name) as fd:
@@ -85,7 +89,9 @@ class LocalStore(AbstractStore):
             self.sync()
             for _, temporary, path in staged:
                 os.replace(temporary, path)
-                self._files.forget(path)
+            if "_files" in self.__dict__:  # nothing is open where nothing was read
+                for _, _, path in staged:
+                    self._files.forget(path)
             for folder in {os.path.dirname(path) for _, _, path in staged}:
                 _sync_folder(folder)
         except OSError as error:

@@ -19,7 +19,9 @@ from jaxckpt.transfer.arena import ARENA
 from jaxckpt.transfer.upload import Target
 
 DIRECT_BYTES = 256 * 1024
-GAP_BYTES = 4096  # a gap up to this size is read along rather than starting another read
+# A gap is read along rather than starting another read if it is no larger than this ...
+GAP_BYTES = 4096
+PADDING_BYTES = 64  # ... and than this, or, where reads are cheap, than a 50th of what the read has so far
 
 
 class Reader(Protocol):
@@ -59,6 +61,7 @@ def read_chunks(
     *,
     threads: int,
     run_bytes: int,
+    cheap_reads: bool = False,
     sink: Callable[[ChunkRead, np.ndarray], None] | None = None,
 ) -> int:
     """Read these chunks (sorted by file and offset) into the targets of their leaves; returns the bytes read.
@@ -68,7 +71,7 @@ def read_chunks(
     Raises:
         CorruptionError: a chunk is not what was saved, or its file is missing or too short; names leaf, chunk, file.
     """
-    runs = _runs(chunks, run_bytes)
+    runs = _runs(chunks, run_bytes, cheap_reads)
     total = [0] * threads
     lock = threading.Lock()
 
@@ -101,14 +104,17 @@ def check(chunk: ChunkRead, name: str, data: np.ndarray) -> None:
         )
 
 
-def _runs(chunks: Sequence[ChunkRead], run_bytes: int) -> Iterator[list[ChunkRead]]:
+def _runs(chunks: Sequence[ChunkRead], run_bytes: int, cheap_reads: bool) -> Iterator[list[ChunkRead]]:
     run: list[ChunkRead] = []
     for chunk in chunks:
         if run:
             last = run[-1]
             gap = chunk.offset - (last.offset + last.length)
             fits = chunk.offset + chunk.length - run[0].offset <= run_bytes
-            if chunk.file != last.file or not 0 <= gap <= GAP_BYTES or not fits:
+            most = GAP_BYTES
+            if cheap_reads:
+                most = min(max((last.offset - run[0].offset) // 50, PADDING_BYTES), GAP_BYTES)
+            if chunk.file != last.file or not 0 <= gap <= most or not fits:
                 yield run
                 run = []
         run.append(chunk)

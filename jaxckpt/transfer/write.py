@@ -13,7 +13,7 @@ from typing import Protocol
 
 import numpy as np
 
-from jaxckpt.core.box import Box, cell_box, contains, intersect
+from jaxckpt.core.box import Box, cell_box, intersect
 from jaxckpt.core.checksum import crc32c
 from jaxckpt.core.dtypes import mover
 from jaxckpt.plan.save import SavePlan
@@ -74,7 +74,7 @@ def write_chunks(
         threads: workers; each writes files of its own.
         file_bytes: start another file at this size; None: never.
     """
-    batches = iter(list(_batches(plan, pieces)))
+    batches = iter(list(_batches(plan)))
     lock = threading.Lock()
     workers = [_Worker(open_file, plan, pieces, encoders, file_bytes) for _ in range(threads)]
 
@@ -118,7 +118,7 @@ class _Worker:
         self.rows: list[tuple[int, int, int, int, int, int]] = []
 
     def write(self, batch: list[tuple[int, np.ndarray]]) -> None:
-        largest = max([_chunk_bytes(self._plan, self._pieces, leaf) for leaf, _ in batch])
+        largest = max([self._plan.chunk_bytes[leaf] for leaf, _ in batch])
         with ARENA.borrow(largest + 2 * ALIGNMENT) as buffer:
             self._buffer, self._fill = buffer, 0
             for leaf, chunks in batch:
@@ -139,7 +139,7 @@ class _Worker:
         chunk, pieces, encode = self._plan.chunks[leaf], self._pieces[leaf], self._encoders[leaf]
         dtype = mover(pieces[0].data.dtype)
         sources = [piece.data.view(dtype) for piece in pieces]
-        size = _chunk_bytes(self._plan, self._pieces, leaf)
+        size = self._plan.chunk_bytes[leaf]
         recipe = None
         if len(pieces) > 1 or pieces[0].data.shape != chunk:
             recipe = _recipe(tuple([piece.box for piece in pieces]), chunk, self._plan.grids[leaf])
@@ -202,13 +202,13 @@ class _Worker:
         return file
 
 
-def _batches(plan: SavePlan, pieces: list[list[Piece]]) -> Iterator[list[tuple[int, np.ndarray]]]:
+def _batches(plan: SavePlan) -> Iterator[list[tuple[int, np.ndarray]]]:
     """Pieces of work of about BATCH_BYTES, in leaf order."""
     batch, size = [], 0
     for leaf, chunks in enumerate(plan.mine):
         if not len(chunks):
             continue
-        each = _chunk_bytes(plan, pieces, leaf)
+        each = plan.chunk_bytes[leaf]
         step = max(BATCH_BYTES // max(each, 1), 1)
         for first in range(0, len(chunks), step):
             part = chunks[first : first + step]
@@ -219,10 +219,6 @@ def _batches(plan: SavePlan, pieces: list[list[Piece]]) -> Iterator[list[tuple[i
                 batch, size = [], 0
     if batch:
         yield batch
-
-
-def _chunk_bytes(plan: SavePlan, pieces: list[list[Piece]], leaf: int) -> int:
-    return int(np.prod(plan.chunks[leaf], dtype=np.int64)) * pieces[leaf][0].data.dtype.itemsize
 
 
 _WHOLE = ([(0, ..., ...)], False)  # the one chunk of an array is its one piece
@@ -239,12 +235,12 @@ def _recipe(boxes: tuple[Box, ...], chunk: tuple[int, ...], grid: tuple[int, ...
         want = cell_box(place, chunk, edge)
         found = []
         for k, box in enumerate(boxes):
-            if contains(box, want):
-                found = [(k, want.slices(box.start), want.slices(want.start))]
-                break
             both = intersect(box, want)
             if both is not None:
-                found.append((k, both.slices(box.start), both.slices(want.start)))
+                part = (k, both.slices(box.start), both.slices(want.start))
+                if both == want:
+                    return [part], want.shape != chunk
+                found.append(part)
         return found, want.shape != chunk
 
     return parts
