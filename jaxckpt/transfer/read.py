@@ -99,8 +99,8 @@ def check(chunk: ChunkRead, name: str, data: np.ndarray) -> None:
         raise CorruptionError(
             f'Leaf "{name}", chunk {chunk.index}: the bytes at '
             f"{chunk.file}[{chunk.offset}:{chunk.offset + chunk.length}] have crc32c {found:08x}, the checkpoint "
-            f"recorded {chunk.crc32c:08x} when it was saved. The stored chunk is damaged or was replaced: restore another "
-            "checkpoint, or the other leaves of this one (only=...)."
+            f"recorded {chunk.crc32c:08x} when it was saved. The stored chunk is damaged or was replaced: restore "
+            "another checkpoint, or the other leaves of this one (only=...)."
         )
 
 
