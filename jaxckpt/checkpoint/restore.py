@@ -86,7 +86,14 @@ def restore(
 
 
 def on_host(name: str, spec: jax.ShapeDtypeStruct) -> None:
-    """For ``restore(path, on_host)``: every array as numpy (PRNG keys as their uint32 data)."""
+    """For ``restore(path, on_host)``: every array as numpy (PRNG keys as their uint32 data).
+
+    Example:
+        >>> from jaxckpt.checkpoint.save import save
+        >>> save("memory://docs/on_host", {"w": jax.numpy.ones((2, 3))})
+        >>> type(restore("memory://docs/on_host", on_host)["w"]).__name__
+        'ndarray'
+    """
     return
 
 
@@ -157,8 +164,8 @@ def _refuse_narrowing(source: Source, wants: Iterable[Want]) -> None:
     if wide:
         shown = ", ".join(f'"{e.name}" ({e.dtype})' for e in wide[:5])
         raise MismatchError(
-            f"{len(wide)} leaves of {source.url} are 64-bit JAX arrays, which this process would cut to 32 bits, as {shown}. "
-            "Nothing was restored: set jax_enable_x64, restore to numpy (jaxckpt.on_host), or give `like` and cast=True."
+            f"{len(wide)} leaves of {source.url} are 64-bit JAX arrays, which this process would cut to 32 bits, as "
+            f"{shown}. Nothing was restored: set jax_enable_x64, restore to numpy (jaxckpt.on_host), or give `like` and cast=True."
         )
 
 

@@ -70,7 +70,7 @@ def save(
         CoordinationError: another process failed or did not come in time; names it and its stage.
 
     Example:
-        >>> save("memory://docs/save", {"w": jax.numpy.ones((2, 3)), "step": 7})
+        >>> save("memory://docs/save", {"w": np.ones((2, 3)), "step": 7})
     """
     begin(path, tree, overwrite, step, metadata, parents, compression, options, timeout_s, frozen=False)()
 
@@ -92,8 +92,10 @@ def save_async(
     Arguments and errors are those of ``save``; errors of the background part come from ``PendingSave.result``.
 
     Example:
-        >>> pending = save_async("memory://docs/async", {"w": jax.numpy.ones(3)})
+        >>> pending = save_async("memory://docs/async", {"w": np.ones(3)})
         >>> pending.result(timeout_s=60)
+        >>> pending.state
+        'durable'
     """
     work = begin(path, tree, overwrite, step, metadata, parents, compression, options, timeout_s, frozen=True)
     return PendingSave(os.fspath(path), work)
