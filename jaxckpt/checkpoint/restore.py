@@ -17,7 +17,7 @@ from jaxckpt.checkpoint.source import OwnSource, Source, open_source
 from jaxckpt.core.dtypes import dtype_of
 from jaxckpt.core.errors import InvalidArgumentError, MismatchError
 from jaxckpt.core.events import Restored, emit
-from jaxckpt.core.tree import NONE, build, flatten, path_name, rebuild
+from jaxckpt.core.tree import NONE, build, children_of, flatten, path_name, rebuild
 from jaxckpt.storage.url import StorageOptions, open_store
 from jaxckpt.transfer.upload import Destination, device_destination, host_destination
 
@@ -104,7 +104,9 @@ class _Plan(NamedTuple):
 
 
 def _is_tree(like: Any) -> bool:
-    return like is not None and (not callable(like) or isinstance(like, jax.Array | jax.ShapeDtypeStruct))
+    # Modules of equinox and jax.tree_util.Partial are trees that can be called.
+    function = callable(like) and not isinstance(like, jax.Array | jax.ShapeDtypeStruct) and children_of(like) is None
+    return like is not None and not function
 
 
 def _is_global(like: Any) -> bool:
@@ -165,7 +167,8 @@ def _refuse_narrowing(source: Source, wants: Iterable[Want]) -> None:
         shown = ", ".join(f'"{e.name}" ({e.dtype})' for e in wide[:5])
         raise MismatchError(
             f"{len(wide)} leaves of {source.url} are 64-bit JAX arrays, which this process would cut to 32 bits, as "
-            f"{shown}. Nothing was restored: set jax_enable_x64, restore to numpy (jaxckpt.on_host), or give `like` and cast=True."
+            f"{shown}. Nothing was restored: set jax_enable_x64, restore to numpy (jaxckpt.on_host), or give `like` and "
+            "cast=True."
         )
 
 
@@ -272,7 +275,7 @@ def _finished(entry: Any, array: Any, want: Want) -> Any:
         array = array.astype(want.cast)
     if entry.kind == "bytes":
         return array.tobytes()
-    return array[()] if entry.kind == "numpy_scalar" and not want.keep_array else array
+    return array[()] if want.scalar or (entry.kind == "numpy_scalar" and not want.keep_array) else array
 
 
 def read_leaf(source: Source, leaf: int) -> Any:
