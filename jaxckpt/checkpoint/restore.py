@@ -167,8 +167,8 @@ def _refuse_narrowing(source: Source, wants: Iterable[Want]) -> None:
         shown = ", ".join(f'"{e.name}" ({e.dtype})' for e in wide[:5])
         raise MismatchError(
             f"{len(wide)} leaves of {source.url} are 64-bit JAX arrays, which this process would cut to 32 bits, as "
-            f"{shown}. Nothing was restored: set jax_enable_x64, restore to numpy (jaxckpt.on_host), or give `like` and "
-            "cast=True."
+            f"{shown}. Nothing was restored: set jax_enable_x64, restore to numpy (jaxckpt.on_host), or give "
+            "`like` and cast=True."
         )
 
 
