@@ -154,7 +154,7 @@ def open_foreign(store: AbstractStore, *, context: ts.Context | None = None) -> 
     if TMP in store.url:
         raise NotCommittedError(f'{store.url} is a temporary folder of Orbax ("{TMP}"): its save never finished.')
     step_data = _read(store, om.CHECKPOINT_METADATA)
-    step = {} if step_data is None else om.decode_json(step_data, f"{store.url}/{om.CHECKPOINT_METADATA}")
+    step = {} if step_data is None else om.decode_json(step_data, f"{store.url}{om.CHECKPOINT_METADATA}")
     found, item = _find_tree(store, step.get("item_handlers"))
     if found is None:
         return _open_json(store, step)
@@ -163,7 +163,7 @@ def open_foreign(store: AbstractStore, *, context: ts.Context | None = None) -> 
     if tree_data is None:
         tree, kvstore, records = _list_arrays(found, context)
     else:
-        tree = om.decode_tree_metadata(tree_data, f"{found.url}/{om.TREE_METADATA}")
+        tree = om.decode_tree_metadata(tree_data, f"{found.url}{om.TREE_METADATA}")
         kvstore = _open_kvstore(found, tree.use_ocdbt, context)
         names = [".".join(e.keys) for e in tree.entries if not e.skip and e.value_type != "string"]
         records = _array_records(kvstore, names, tree.use_zarr3, found.url)
@@ -200,7 +200,7 @@ def _find_tree(store: AbstractStore, handlers: object) -> tuple[AbstractStore | 
         if len(trees) > 1:
             shown = ", ".join(f'"{name}"' for name in trees)
             raise InvalidArgumentError(
-                f"{store.url} holds {len(trees)} trees, the items {shown}: open one of them, as {store.url}/{trees[0]}."
+                f"{store.url} holds {len(trees)} trees, the items {shown}: open one of them, as {store.url}{trees[0]}."
             )
         if trees:
             return store.child(trees[0]), trees[0]
@@ -227,7 +227,7 @@ def _nothing(store: AbstractStore, folders: list[str]) -> Exception:
     shown = [f"{name}/" for name in folders[:10]] or sorted(store.names(""))[:10] or ["nothing"]
     return NotFoundError(
         f"No checkpoint at {url}: looked for jaxckpt.json, {om.TREE_METADATA} and {MANIFEST} there and in its folders; "
-        f"found {', '.join(shown)}." + (f" Open one of {', '.join(below)}, as {url}/{below[0]}." if below else "")
+        f"found {', '.join(shown)}." + (f" Open one of {', '.join(below)}, as {url}{below[0]}." if below else "")
     )
 
 
@@ -299,7 +299,7 @@ def _open_kvstore(store: AbstractStore, use_ocdbt: bool | None, context: ts.Cont
         try:
             return ts.KvStore.open(spec, context=context).result()
         except ValueError as error:
-            raise CorruptionError(f"{store.url}/{MANIFEST} cannot be read: {error}") from error
+            raise CorruptionError(f"{store.url}{MANIFEST} cannot be read: {error}") from error
     if use_ocdbt and any(name.startswith("ocdbt.process_") for name in store.folders()):
         raise NotCommittedError(
             f"{store.url}: no {MANIFEST} joins the databases of its processes: a save never finished."
@@ -381,7 +381,7 @@ def _list_arrays(store: AbstractStore, context: ts.Context) -> tuple[om.TreeMeta
 
 def _optional(store: AbstractStore, name: str, decode: Any) -> dict[str, Any]:
     data = _read(store, name)
-    return {} if data is None else decode(data, f"{store.url}/{name}")
+    return {} if data is None else decode(data, f"{store.url}{name}")
 
 
 def _read(store: AbstractStore, name: str) -> bytes | None:

@@ -121,7 +121,8 @@ def diff(a: str | os.PathLike[str], b: str | os.PathLike[str], *, options: Stora
     for name in left:
         if name in right:
             x, y = first.leaves[left[name]], second.leaves[right[name]]
-            if (x.kind, x.shape, x.dtype) != (y.kind, y.shape, y.dtype):
+            form = _own_form if isinstance(first, OwnSource) == isinstance(second, OwnSource) else _orbax_form
+            if form(x) != form(y):
                 differing.append(f"{name}: {describe_entry(x)} and {describe_entry(y)}")
             elif line := _compare(x, read_leaf(first, left[name]), read_leaf(second, right[name])):
                 differing.append(f"{name}: {line}")
@@ -136,8 +137,21 @@ def _by_name(source: Source) -> dict[str, int]:
     return {path_name(path): node.leaf for path, node in walk(source.structure) if node.kind == "leaf"}
 
 
+def _own_form(entry: LeafEntry) -> tuple[str, tuple[int, ...], str]:
+    return entry.kind, entry.shape, entry.dtype
+
+
+def _orbax_form(entry: LeafEntry) -> tuple[str, tuple[int, ...], str]:
+    """Orbax keeps numpy scalars, complex numbers and bytes as numpy arrays."""
+    if entry.kind == "complex":
+        return "numpy", (), "complex128"
+    return "numpy" if entry.kind in ("numpy_scalar", "bytes") else entry.kind, entry.shape, entry.dtype
+
+
 def _compare(entry: LeafEntry, x: Any, y: Any) -> str:
-    if not entry.stored or entry.kind == "bytes":
+    if isinstance(x, bytes) != isinstance(y, bytes):
+        x, y = (np.frombuffer(z, np.uint8) if isinstance(z, bytes) else z for z in (x, y))
+    elif not entry.stored or entry.kind == "bytes":
         return "" if x == y or x != x and y != y else f"{x!r} and {y!r}"[:200]
     x, y = np.asarray(x), np.asarray(y)
     same = x.reshape(-1).view(np.uint8).tobytes() == y.reshape(-1).view(np.uint8).tobytes()

@@ -66,7 +66,7 @@ def describe(tree: Any, compression: Compression = None) -> Described:
     refused += _unwritable_names(leaves)
     if refused:
         raise UnsupportedLeafError(_refusal(refused))
-    if len(seen) < len(leaves):
+    if len(entries) < len(leaves):
         structure = map_leaves(structure, index.__getitem__)
     return Described(structure, leaves, index, entries, arrays, specs)
 

@@ -9,7 +9,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding,
 
 from jaxckpt.checkpoint.leaves import plain_value
 from jaxckpt.checkpoint.match import describe_entry
-from jaxckpt.checkpoint.source import Source
+from jaxckpt.checkpoint.source import OwnSource, Source
 from jaxckpt.core.dtypes import dtype_of
 from jaxckpt.core.tree import NamedLeaf
 from jaxckpt.format.sidecar import LeafEntry
@@ -27,11 +27,14 @@ class Want:
     shape: tuple[int, ...] | None = None  # where it is not the stored one
     cast: np.dtype | None = None
     keep_array: bool = False  # a numpy scalar stays a 0-d array
-    number: str = ""  # "int", "float", ...: a Python number
+    scalar: bool = False  # a 0-d array becomes a numpy scalar
+    number: str = ""  # "int", "float", ...: a Python number; "bytes"
     array_dtype: np.dtype | None = None  # a Python number becomes a 0-d array of this dtype
 
     def convert(self, value: Any) -> Any:
         """The last step: Python numbers to arrays and back."""
+        if self.number == "bytes":
+            return value.tobytes()
         if self.number:
             return _NUMBERS[self.number](np.asarray(value)[()])
         if self.array_dtype is not None:
@@ -48,6 +51,12 @@ def want_like(source: Source, leaf: int, like: NamedLeaf, *, cast: bool, pad: bo
     if isinstance(value, np.ndarray | np.generic):
         want, wrong = _want_array(entry, leaf, like, value, cast=cast, pad=pad)
         return want, wrong
+    if (
+        isinstance(value, bytes)
+        and not isinstance(source, OwnSource)
+        and (entry.dtype, len(entry.shape)) == ("uint8", 1)
+    ):
+        return Want(leaf=leaf, number="bytes"), ""  # Orbax knows bytes only as an array
     return _want_plain(entry, leaf, like)
 
 
@@ -109,6 +118,7 @@ def _want_array(entry: LeafEntry, leaf: int, like: NamedLeaf, value: Any, *, cas
         shape=None if shape == entry.shape else shape,
         cast=None if dtype.name == entry.dtype else dtype,
         keep_array=isinstance(value, np.ndarray),
+        scalar=isinstance(value, np.generic),
     ), ""
 
 

@@ -136,7 +136,12 @@ def encode_database_columns(
         )
     if not 1 <= node_bytes <= _MAX_DECODED_NODE_BYTES:
         raise InvalidArgumentError(f"node_bytes={node_bytes}; give 1 <= bytes <= {_MAX_DECODED_NODE_BYTES}")
-    nodes_path = _encode_path(nodes_file, "nodes_file")
+    nodes_path = nodes_file.encode()
+    for what, path in (("nodes_file", nodes_file), *(("data file", name) for name in columns.files)):
+        if not 1 <= len(path.encode()) <= MAX_PATH_BYTES:
+            raise InvalidArgumentError(
+                f"{what} {path[:80]!r} has {len(path.encode())} bytes; an OCDBT path has 1 to {MAX_PATH_BYTES}"
+            )
     table = _sort_by_key(_check_columns(columns))
     nodes = bytearray()
     level = _append_leaves(nodes, table, node_bytes)
@@ -199,7 +204,7 @@ def _check_columns(columns: Columns) -> _Table:
             raise InvalidArgumentError(f"key {keys[int(bad.argmax())]!r} {why}")
     # Nothing to read is better said in the node than by a range of a file that may have no byte there.
     file_ids = np.where(lengths == 0, -1, file_ids)
-    named = [_encode_path(columns.files[i], "data file") for i in range(len(columns.files))]
+    named = [path.encode() for path in columns.files]
     paths = sorted(set(named))
     if paths:
         rank = {path: i for i, path in enumerate(paths)}
@@ -207,15 +212,6 @@ def _check_columns(columns: Columns) -> _Table:
         file_ids = order[file_ids]
     lengths = np.where(file_ids >= 0, lengths, inline_bytes)
     return _Table(keys=keys, inline=inline, paths=paths, file_ids=file_ids, offsets=offsets, lengths=lengths)
-
-
-def _encode_path(path: str, what: str) -> bytes:
-    encoded = path.encode()
-    if not 1 <= len(encoded) <= MAX_PATH_BYTES:
-        raise InvalidArgumentError(
-            f"{what} {path[:80]!r} has {len(encoded)} bytes; an OCDBT path has 1 to {MAX_PATH_BYTES}"
-        )
-    return encoded
 
 
 def _sort_by_key(table: _Table) -> _Table:

@@ -350,7 +350,12 @@ def _sharding_record(sharding: Sharding, meshes: dict[object, dict[str, object]]
             types = [f"AxisType.{kind.name}" for kind in mesh.axis_types]
             known = meshes[mesh] = _mesh_record(list(mesh.shape.values()), list(mesh.axis_names), types, mesh.devices)
         shown = {"sharding_type": "NamedSharding", **known}
-        return {**shown, "partition_spec": [_spec_part(part) for part in sharding.spec]}
+        return {
+            **shown,
+            "partition_spec": [
+                list(p) if isinstance(p, tuple) else p if isinstance(p, str) else None for p in sharding.spec
+            ],
+        }
     if isinstance(sharding, SingleDeviceSharding):
         return {"sharding_type": "SingleDeviceSharding", "device_str": str(next(iter(sharding.device_set)))}
     # Orbax knows no other kind. Replicated over the same devices restores the same values everywhere.
@@ -374,9 +379,3 @@ def _nest(flat: list[dict[str, int]], shape: Sequence[int]) -> object:
     for extent in reversed(shape[1:]):
         nested = [nested[i : i + extent] for i in range(0, len(nested), extent)]
     return nested if shape else nested[0]
-
-
-def _spec_part(part: object) -> object:
-    if part is None or isinstance(part, str):
-        return part
-    return list(part) if isinstance(part, tuple) else None

@@ -16,7 +16,7 @@ from uuid import uuid4
 import numpy as np
 
 from jaxckpt.core.errors import AlreadyExistsError, CorruptionError, NotFoundError, StorageError
-from jaxckpt.storage.store import AbstractDataWriter, AbstractStore
+from jaxckpt.storage.store import AbstractDataWriter, AbstractStore, check_name
 
 OPEN_FILES = 64
 _TEMPORARY = ".jaxckpt-tmp-"
@@ -285,14 +285,13 @@ class _LocalWriter(AbstractDataWriter):
         self._close_file()
         _unlink(self._path)
 
-    def __del__(self) -> None:
-        self._close_file()
-
     def _close_file(self) -> None:
         # Once only: the number may belong to another file by the second time.
         fd, self._fd = self._fd, -1
         if fd >= 0:
             os.close(fd)
+
+    __del__ = _close_file
 
 
 class _OpenFiles:

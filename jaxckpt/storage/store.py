@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from jaxckpt.core.errors import InvalidArgumentError
+
 if TYPE_CHECKING:
     import tensorstore as ts
 
@@ -30,6 +32,7 @@ class AbstractDataWriter(abc.ABC):
 class AbstractStore(abc.ABC):
     """Objects under one root: a checkpoint folder, or a prefix of a bucket.
 
+    A name that leads out of the root is an InvalidArgumentError: names come out of files that anyone may have written.
     Failures of the storage are ``StorageError`` with the object, the root and the cause, ``errno`` kept.
     """
 
@@ -83,7 +86,7 @@ class AbstractStore(abc.ABC):
 
     @abc.abstractmethod
     def sync(self) -> None:
-        """Make durable the names of all objects written through this store so far."""
+        """Make durable the names of all objects written through this store so far; after a failure, what is left."""
 
     @abc.abstractmethod
     def child(self, name: str) -> "AbstractStore":
@@ -105,3 +108,11 @@ class AbstractStore(abc.ABC):
         """Replace several objects, in order; durable when it returns."""
         for name, data in objects.items():
             self.write(name, data)
+
+
+def check_name(url: str, name: str) -> None:
+    """InvalidArgumentError if a name or prefix leads out of the root at ``url``."""
+    if name.startswith("/") or (".." in name and ".." in name.split("/")):
+        raise InvalidArgumentError(
+            f"{name!r} is no name of an object in {url}: names are relative and lead to no folder above the root."
+        )

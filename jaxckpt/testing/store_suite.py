@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tensorstore as ts
 
-from jaxckpt.core.errors import AlreadyExistsError, CorruptionError, NotFoundError
+from jaxckpt.core.errors import AlreadyExistsError, CorruptionError, InvalidArgumentError, NotFoundError
 from jaxckpt.storage.store import AbstractStore
 
 _TEN = bytes(range(10))
@@ -141,6 +141,31 @@ class StoreSuite:
         store.delete(name)
         assert store.names() == []
 
+    @pytest.mark.parametrize("name", ["..", "../a", "b/../a", "b/..", "/a", "/"])
+    def test_no_name_leads_out_of_the_root(self, store: AbstractStore, name: str) -> None:
+        store.write("a", b"outside")
+        inside = store.child("sub")
+        inside.write("b/a", b"inside")
+        for use in (
+            lambda: inside.read(name),
+            lambda: inside.read(name, start=0, stop=1),
+            lambda: inside.read_into(name, 0, np.empty(1, np.uint8)),
+            lambda: inside.exists(name),
+            lambda: inside.write(name, b"x"),
+            lambda: inside.write_all({name: b"x"}),
+            lambda: inside.create(name, b"x"),
+            lambda: inside.open_data(name),
+            lambda: inside.names(f"{name}/"),
+            lambda: inside.delete(name),
+            lambda: inside.delete_prefix(f"{name}/"),
+            lambda: inside.child(name),
+        ):
+            with pytest.raises(InvalidArgumentError) as caught:
+                use()
+            assert repr(name)[:-1] in str(caught.value)
+            assert inside.url in str(caught.value)
+        assert {name: store.read(name) for name in store.names()} == {"a": b"outside", "sub/b/a": b"inside"}
+
     # Ranges.
 
     @pytest.mark.parametrize(
@@ -170,6 +195,9 @@ class StoreSuite:
                 read()
             assert f"{store.url}{name}" in str(caught.value)
             assert f"{start} to {stop}" in str(caught.value)
+            # Not every server tells the size when the whole range lies behind the end.
+            sizes = ["it has 10"] if start < len(_TEN) else ["it has 10", f"it has at most {start}"]
+            assert any(size in str(caught.value) for size in sizes)
 
     def test_an_empty_object_has_no_bytes(self, store: AbstractStore) -> None:
         store.write("a", b"")
@@ -247,6 +275,13 @@ class StoreSuite:
         writer.abort()
         writer.abort()
         assert not store.exists("d/a")
+        assert store.names() == []
+
+    def test_an_object_can_be_aborted_after_its_close(self, store: AbstractStore) -> None:
+        writer = store.open_data("d/a")
+        writer.append(np.zeros(10, np.uint8))
+        writer.close()
+        writer.abort()
         assert store.names() == []
 
     def test_several_writers_work_at_once(self, store: AbstractStore) -> None:

@@ -48,22 +48,16 @@ def _shards(array: Any, plan: SavePlan, index: int) -> list[tuple[Box, Any]]:
     if len(array.sharding.device_set) == 1:
         return [(Box((0,) * array.ndim, array.shape), array)]
     boxes = list(device_boxes(array.sharding, array.shape).values())
-    wanted = _span(plan, index, array.shape)
+    # The smallest box around this process's chunks.
+    chunk, places = plan.chunks[index], np.unravel_index(plan.mine[index], plan.grids[index]) if array.ndim else ()
+    start = tuple([int(p.min()) * c for p, c in zip(places, chunk, strict=True)])
+    stop = [min((int(p.max()) + 1) * c, n) for p, c, n in zip(places, chunk, array.shape, strict=True)]
+    wanted = Box(start, tuple([b - a for a, b in zip(start, stop, strict=True)]))
     found: dict[Box, Any] = {}
     for k, box in enumerate(boxes):
         if box not in found and intersect(box, wanted) is not None:
             found[box] = array.addressable_data(k)
     return list(found.items())
-
-
-def _span(plan: SavePlan, index: int, shape: tuple[int, ...]) -> Box:
-    """The smallest box around this process's chunks."""
-    if not shape:
-        return Box((), ())
-    chunk, places = plan.chunks[index], np.unravel_index(plan.mine[index], plan.grids[index])
-    start = tuple(int(p.min()) * c for p, c in zip(places, chunk, strict=True))
-    stop = tuple(min((int(p.max()) + 1) * c, n) for p, c, n in zip(places, chunk, shape, strict=True))
-    return Box(start, tuple(b - a for a, b in zip(start, stop, strict=True)))
 
 
 def _host(data: Any, frozen: bool) -> np.ndarray:

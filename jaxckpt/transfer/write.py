@@ -98,7 +98,17 @@ def write_chunks(
         for worker in workers:
             worker.abort()
         raise
-    return _merge(workers)
+    files: list[str] = []
+    rows: list[np.ndarray] = []
+    for worker in workers:
+        if worker.rows:
+            part = np.array(worker.rows, np.int64)
+            part[:, 2] += len(files)
+            rows.append(part)
+            files += worker.files
+    table = np.concatenate(rows) if rows else np.zeros((0, 6), np.int64)
+    leaf, chunk, file, offset, length, crc = table.T
+    return Written(files=tuple(files), leaf=leaf, chunk=chunk, file=file, offset=offset, length=length, crc32c=crc)
 
 
 class _Worker:
@@ -244,17 +254,3 @@ def _recipe(boxes: tuple[Box, ...], chunk: tuple[int, ...], grid: tuple[int, ...
         return found, want.shape != chunk
 
     return parts
-
-
-def _merge(workers: list[_Worker]) -> Written:
-    files: list[str] = []
-    rows: list[np.ndarray] = []
-    for worker in workers:
-        if worker.rows:
-            part = np.array(worker.rows, np.int64)
-            part[:, 2] += len(files)
-            rows.append(part)
-            files += worker.files
-    table = np.concatenate(rows) if rows else np.zeros((0, 6), np.int64)
-    leaf, chunk, file, offset, length, crc = table.T
-    return Written(files=tuple(files), leaf=leaf, chunk=chunk, file=file, offset=offset, length=length, crc32c=crc)
