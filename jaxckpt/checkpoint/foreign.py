@@ -361,7 +361,7 @@ def _list_arrays(store: AbstractStore, context: ts.Context) -> tuple[om.TreeMeta
     use_ocdbt = store.exists(MANIFEST)
     kvstore = _open_kvstore(store, use_ocdbt, context)
     if use_ocdbt:
-        keys = [key.decode() for key in kvstore.names().result()]
+        keys = [key.decode() for key in kvstore.list().result()]
         names = [key.rpartition("/")[0] for key in keys if key.endswith((f"/{ZARR2_KEY}", f"/{ZARR3_KEY}"))]
     else:
         names = [name for name in sorted(store.folders()) if not name.startswith("array_")]
