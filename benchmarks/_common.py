@@ -1,5 +1,6 @@
 """What the benchmarks share: interleaved timing, samples, tables, the facts of the machine, and the report."""
 
+# ruff: noqa: TC003 - scripts are read from the top: one block of imports
 from __future__ import annotations
 
 import argparse
@@ -7,6 +8,7 @@ import contextlib
 import datetime
 import importlib.metadata
 import json
+import mmap
 import os
 import platform
 import shutil
@@ -16,6 +18,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
+
+import numpy as np
 
 MIB = 1024 * 1024
 
@@ -59,7 +63,9 @@ def parser(doc: str | None) -> argparse.ArgumentParser:
     """The options that all scripts know."""
     found = argparse.ArgumentParser(description=(doc or "").partition("\n")[0])
     size = found.add_mutually_exclusive_group()
-    size.add_argument("--quick", action="store_true", help="smaller sizes and fewer repetitions: minutes become seconds")
+    size.add_argument(
+        "--quick", action="store_true", help="smaller sizes and fewer repetitions: minutes become seconds"
+    )
     size.add_argument("--tiny", action="store_true", help="the smallest sizes that run all code; figures mean nothing")
     found.add_argument("--rounds", type=int, help="repetitions that count (one more is run first and dropped)")
     found.add_argument("--json", type=Path, help="also write the tables here")
@@ -70,7 +76,9 @@ def parser(doc: str | None) -> argparse.ArgumentParser:
 def finish(report: Report, args: argparse.Namespace) -> None:
     """Print the verdicts, and write the tables where asked to."""
     rows = [(str(r.number), r.what, r.measured, r.must, "yes" if r.ok else "NO") for r in report.acceptance]
-    print(as_text(Table(title="Acceptance", columns=("#", "measured", "value", "must be", "met"), rows=rows)), flush=True)
+    print(
+        as_text(Table(title="Acceptance", columns=("#", "measured", "value", "must be", "met"), rows=rows)), flush=True
+    )
     print("; ".join(f"{name}: {value}" for name, value in facts().items()), flush=True)
     if args.json is not None:
         args.json.write_text(json.dumps(asdict(report)))
@@ -85,7 +93,9 @@ def scratch(root: Path | None) -> Iterator[Path]:
 Samples = dict[str, dict[str, list[float]]]  # contender -> quantity -> one value per round
 
 
-def interleave(contenders: Mapping[str, Callable[[int], Mapping[str, float]]], *, rounds: int, warm_up: int = 1) -> Samples:
+def interleave(
+    contenders: Mapping[str, Callable[[int], Mapping[str, float]]], *, rounds: int, warm_up: int = 1
+) -> Samples:
     """Run all contenders in every round, each first in turn; the first rounds only warm up and are dropped.
 
     So a busy moment of the machine, or a disk that slows down, favours none, and the first touch of fresh memory, which
@@ -103,12 +113,22 @@ def interleave(contenders: Mapping[str, Callable[[int], Mapping[str, float]]], *
 
 
 @contextlib.contextmanager
-def stopwatch(into: dict[str, float], name: str) -> Iterator[None]:
-    """Time the body, with what others left to write out of the way."""
+def stopwatch(into: dict[str, float], name: str, *, memory_bytes: int = 0) -> Iterator[None]:
+    """Time the body, with what others left to write out of the way and this much free memory warm.
+
+    On virtual machines the first touch of memory that the host has taken back costs many times a copy, and would fall
+    on whoever happens to come after a pause.
+    """
     os.sync()
+    touch(memory_bytes)
     started = time.perf_counter()
     yield
     into[name] = time.perf_counter() - started
+
+
+def touch(size_bytes: int) -> None:
+    """As numpy allocates it: in huge pages, where the system has them."""
+    np.empty(size_bytes, np.uint8)[:: mmap.PAGESIZE] = 0
 
 
 def emptied(folder: Path) -> Path:

@@ -1,5 +1,6 @@
 """jaxckpt and Orbax behind one face: save a tree and be durable; restore it like an abstract tree, ready to use."""
 
+# ruff: noqa: TC003 - scripts are read from the top: one block of imports
 from __future__ import annotations
 
 import logging
@@ -12,7 +13,6 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-import orbax.checkpoint.v1 as ocp1
 from orbax.checkpoint import checkpoint_utils
 
 import jaxckpt as jc
@@ -55,10 +55,10 @@ class OrbaxV0:
 
 class OrbaxV1:
     def save(self, path: Path, tree: Any) -> None:
-        ocp1.save(path, tree)
+        ocp.v1.save(path, tree)
 
     def restore(self, path: Path, like: Any) -> Any:
-        return jax.block_until_ready(ocp1.load(path, like))
+        return jax.block_until_ready(ocp.v1.load(path, like))
 
 
 MAKERS: dict[str, Callable[[], Contender]] = {
@@ -100,5 +100,7 @@ def host_views(leaves: list[jax.Array]) -> list[np.ndarray]:
         seen: dict[Any, np.ndarray] = {}
         for shard in leaf.addressable_shards:
             seen.setdefault(str(shard.index), np.asarray(shard.data))
-        views += [view.view(np.uint8 if view.dtype.itemsize == 1 else f"u{view.dtype.itemsize}") for view in seen.values()]
+        views += [
+            view.view(np.uint8 if view.dtype.itemsize == 1 else f"u{view.dtype.itemsize}") for view in seen.values()
+        ]
     return views
