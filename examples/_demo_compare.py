@@ -8,9 +8,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from _demo_state import differing, emit, like, mesh_of, read_record
 from orbax.checkpoint import checkpoint_utils
@@ -19,6 +20,7 @@ import jaxckpt as jc
 from models.training import TrainState
 
 Result = TypeVar("Result")
+Tree = Any
 
 
 def main() -> None:
@@ -28,7 +30,8 @@ def main() -> None:
     parser.add_argument("--records", type=Path, required=True)
     parser.add_argument("--scratch", type=Path, required=True)
     parser.add_argument("--mesh", required=True)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--many", type=int, default=500, help="leaves of the tree of many small arrays")
     args = parser.parse_args()
 
     target = like(mesh_of(args.mesh))
@@ -37,7 +40,19 @@ def main() -> None:
     emit("orbax_read", version=ocp.__version__, leaves=len(saved), differing=differing(by_orbax, saved))
     emit("damaged", **restore_damaged(args.checkpoint, args.scratch / "damaged", target))
     state = jc.restore(args.checkpoint, target)
-    emit("timed", **time_all(state, target, args.scratch, rounds=args.rounds))
+    emit("timing", what="this state")
+    emit("timed", what="state", **time_all(state, target, args.scratch, rounds=args.rounds))
+    many, target = many_arrays(args.many, mesh_of(args.mesh))
+    emit("timing", what=f"{args.many} arrays of 16 KiB")
+    emit("timed", what="many", **time_all(many, target, args.scratch, rounds=args.rounds))
+
+
+def many_arrays(count: int, mesh: jax.sharding.Mesh) -> tuple[Tree, Tree]:
+    """Arrays of 16 KiB over all devices, as deep models with their moments have by the thousand; and their ``like``."""
+    sharding = jax.NamedSharding(mesh, jax.P(tuple(mesh.axis_names)))
+    values = np.arange(count * 4096, dtype=np.float32).reshape(count, 64, 64)
+    tree = {f"layer{i}": jax.device_put(values[i], sharding) for i in range(count)}
+    return tree, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
 
 
 def restore_damaged(checkpoint: Path, copy: Path, target: TrainState) -> dict[str, str | None]:
@@ -57,14 +72,14 @@ def restore_damaged(checkpoint: Path, copy: Path, target: TrainState) -> dict[st
 class Ours:
     """jaxckpt as a user calls it."""
 
-    def save(self, path: Path, state: TrainState) -> None:
+    def save(self, path: Path, state: Tree) -> None:
         jc.save(path, state)
 
-    def save_async(self, path: Path, state: TrainState) -> Callable[[], object]:
+    def save_async(self, path: Path, state: Tree) -> Callable[[], object]:
         pending = jc.save_async(path, state)
         return lambda: pending.result(timeout_s=60)
 
-    def restore(self, path: Path, target: TrainState) -> TrainState:
+    def restore(self, path: Path, target: Tree) -> Tree:
         return jc.restore(path, target)
 
 
@@ -78,19 +93,19 @@ class Orbax:
         self._checkpointer = ocp.Checkpointer(handler())
         self._async = ocp.AsyncCheckpointer(handler())
 
-    def save(self, path: Path, state: TrainState) -> None:
+    def save(self, path: Path, state: Tree) -> None:
         self._checkpointer.save(path, args=ocp.args.PyTreeSave(state))
 
-    def save_async(self, path: Path, state: TrainState) -> Callable[[], object]:
+    def save_async(self, path: Path, state: Tree) -> Callable[[], object]:
         self._async.save(path, args=ocp.args.PyTreeSave(state))
         return self._async.wait_until_finished
 
-    def restore(self, path: Path, target: TrainState) -> TrainState:
+    def restore(self, path: Path, target: Tree) -> Tree:
         how = checkpoint_utils.construct_restore_args(target)
         return self._checkpointer.restore(path, args=ocp.args.PyTreeRestore(item=target, restore_args=how))
 
 
-def time_all(state: TrainState, target: TrainState, scratch: Path, *, rounds: int) -> dict[str, dict[str, float]]:
+def time_all(state: Tree, target: Tree, scratch: Path, *, rounds: int) -> dict[str, dict[str, float]]:
     """Median seconds of each contender's save, stall and restore; the first round only warms up."""
     contenders = {"jaxckpt": Ours(), "orbax": Orbax(compressed=True), "orbax_raw": Orbax(compressed=False)}
     taken: dict[str, dict[str, list[float]]] = {name: {} for name in contenders}
@@ -106,7 +121,7 @@ def time_all(state: TrainState, target: TrainState, scratch: Path, *, rounds: in
     return {name: {what: median(times) for what, times in kinds.items()} for name, kinds in taken.items()}
 
 
-def time_one(contender: Ours | Orbax, state: TrainState, target: TrainState, folder: Path) -> dict[str, float]:
+def time_one(contender: Ours | Orbax, state: Tree, target: Tree, folder: Path) -> dict[str, float]:
     """Seconds until durable, until training may go on, and until every array is restored."""
     folder.mkdir()
     save_s, _ = _seconds(lambda: contender.save(folder / "0", state))

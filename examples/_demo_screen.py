@@ -25,7 +25,7 @@ def title(text: str) -> None:
     say(f"\n[bold cyan]{text}[/]")
 
 
-def verbatim(text: str, *, max_lines: int = 24) -> None:
+def verbatim(text: str, *, max_lines: int = 14) -> None:
     """Another program's output, indented, never taken for styles."""
     lines = text.rstrip().splitlines()
     for line in lines[:max_lines]:
