@@ -7,7 +7,6 @@ import errno
 import os
 import stat
 import threading
-from collections import OrderedDict
 from functools import cached_property
 from pathlib import Path
 from typing import final
@@ -16,9 +15,9 @@ from uuid import uuid4
 import numpy as np
 
 from jaxckpt.core.errors import AlreadyExistsError, CorruptionError, NotFoundError, StorageError
+from jaxckpt.storage.descriptors import OpenFiles
 from jaxckpt.storage.store import AbstractDataWriter, AbstractStore, check_name
 
-OPEN_FILES = 64
 _TEMPORARY = ".jaxckpt-tmp-"
 
 
@@ -36,11 +35,11 @@ class LocalStore(AbstractStore):
         self._lock = threading.Lock()
 
     @cached_property
-    def _files(self) -> "_OpenFiles":
-        return _OpenFiles()
+    def _files(self) -> "OpenFiles":
+        return OpenFiles()
 
     def read(self, name: str, *, start: int = 0, stop: int | None = None) -> bytes:
-        with self._files.open(self._path(name), self, name) as fd:
+        with self._files.open(self._path(name), name, self._failed) as fd:
             size = os.fstat(fd).st_size
             end = size if stop is None else stop
             if end > size or start > size:
@@ -50,7 +49,7 @@ class LocalStore(AbstractStore):
             return bytes(data)
 
     def read_into(self, name: str, start: int, out: np.ndarray) -> None:
-        with self._files.open(self._path(name), self, name) as fd:
+        with self._files.open(self._path(name), name, self._failed) as fd:
             self._fill(fd, name, start, memoryview(out))
 
     def exists(self, name: str) -> bool:
@@ -212,6 +211,8 @@ class LocalStore(AbstractStore):
         self._files.close()
 
     def _path(self, name: str) -> str:
+        if name.startswith("/") or ".." in name:
+            check_name(self.url, name)
         return os.path.join(self.root, name) if name else self.root
 
     def _make_folder(self, folder: str) -> None:
@@ -292,72 +293,6 @@ class _LocalWriter(AbstractDataWriter):
             os.close(fd)
 
     __del__ = _close_file
-
-
-class _OpenFiles:
-    """File descriptors kept open for reading: the most recently used ones."""
-
-    def __init__(self) -> None:
-        self._open: OrderedDict[str, _Shared] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def open(self, path: str, store: LocalStore, name: str) -> "_Shared":
-        with self._lock:
-            found = self._open.get(path)
-            if found is not None:
-                self._open.move_to_end(path)
-                found.users += 1
-                return found
-            try:
-                fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            except OSError as error:
-                raise store._failed("read", name, error) from error
-            # Data files are never rewritten; others may be replaced under us, so their descriptors are not kept.
-            found = _Shared(fd, self._lock, kept=os.path.basename(os.path.dirname(name)) == "d")
-            if found.kept:
-                self._open[path] = found
-                while len(self._open) > OPEN_FILES:
-                    self._open.popitem(last=False)[1].drop()
-            return found
-
-    def forget(self, path: str) -> None:
-        """What is at this path from now on is another file, or none."""
-        with self._lock:
-            found = self._open.pop(path, None)
-            if found is not None:
-                found.drop()
-
-    def close(self) -> None:
-        with self._lock:
-            while self._open:
-                self._open.popitem()[1].drop()
-
-    def __del__(self) -> None:
-        self.close()
-
-
-class _Shared:
-    """A descriptor that closes when it is dropped and its last user has left."""
-
-    def __init__(self, fd: int, lock: threading.Lock, *, kept: bool) -> None:
-        self.fd, self.users, self.kept, self._lock = fd, 1, kept, lock
-
-    def __enter__(self) -> int:
-        return self.fd
-
-    def __exit__(self, *_: object) -> None:
-        with self._lock:
-            self.users -= 1
-            self._close_if_unused()
-
-    def drop(self) -> None:
-        self.kept = False
-        self._close_if_unused()
-
-    def _close_if_unused(self) -> None:
-        if not self.kept and self.users == 0 and self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
 
 
 def _write_all(fd: int, view: memoryview, offset: int) -> None:
