@@ -2,13 +2,15 @@
 
 # ruff: noqa: D102 - the interface says what the methods do
 
+import contextlib
+import re
 from typing import Any, final
 
 import numpy as np
 import tensorstore as ts
 
 from jaxckpt.core.errors import AlreadyExistsError, CorruptionError, NotFoundError, StorageError
-from jaxckpt.storage.store import AbstractDataWriter, AbstractStore
+from jaxckpt.storage.store import AbstractDataWriter, AbstractStore, check_name
 
 DATA_FILE_BYTES = 64 * 1024 * 1024
 # One for the process, so that all see the same memory://. By default a dead endpoint is retried for a quarter hour.
@@ -43,7 +45,7 @@ class KvStore(AbstractStore):
     def exists(self, name: str) -> bool:
         return bool(self._call("look at", name, lambda: self._kv.list(_exactly(name))))
 
-    def write(self, name: str, data: bytes) -> None:
+    def write(self, name: str, data: bytes | bytearray) -> None:
         self._call("write", name, lambda: self._kv.write(name, data))
 
     def create(self, name: str, data: bytes) -> bool:
@@ -76,6 +78,7 @@ class KvStore(AbstractStore):
         return
 
     def child(self, name: str) -> "KvStore":
+        check_name(self.url, name)
         spec = {**self._spec, "path": f"{self._spec.get('path', '')}{name}/"}
         return KvStore(f"{self.url}{name}/", spec, parallel_io=self.parallel_io)
 
@@ -91,6 +94,7 @@ class KvStore(AbstractStore):
         return None if found.state == "missing" else found.value
 
     def _range(self, name: str, start: int, stop: int | None) -> bytes:
+        check_name(self.url, name)
         if start == stop:  # TensorStore takes no empty range
             if not self.exists(name):
                 raise NotFoundError(f"{self.url}{name} does not exist.")
@@ -104,7 +108,10 @@ class KvStore(AbstractStore):
             data = self.read(name) if stop is None else None  # rare, and nothing else tells an object's size
             if data is not None and len(data) == start:
                 return b""
-            raise CorruptionError(f"{self.url}{name} is too short: bytes {start} to {stop} were wanted.") from error
+            raise CorruptionError(
+                f"{self.url}{name} is too short: bytes {start} to {stop} were wanted, "
+                f"it has {_size_told(error, start)}."
+            ) from error
         if found.state == "missing":
             raise NotFoundError(f"{self.url}{name} does not exist.")
         if stop is not None and len(found.value) != stop - start:
@@ -114,6 +121,7 @@ class KvStore(AbstractStore):
         return found.value
 
     def _call(self, verb: str, name: str, start: Any) -> Any:
+        check_name(self.url, name)
         try:
             return start().result()
         except (ValueError, OSError, RuntimeError) as error:
@@ -126,7 +134,7 @@ class KvStore(AbstractStore):
 @final
 class _KvWriter(AbstractDataWriter):
     def __init__(self, store: KvStore, name: str) -> None:
-        self.name, self._store, self._parts = name, store, bytearray()
+        self.name, self._store, self._parts, self._is_sent = name, store, bytearray(), False
 
     def append(self, data: np.ndarray) -> int:
         offset = len(self._parts)
@@ -135,12 +143,16 @@ class _KvWriter(AbstractDataWriter):
 
     def close(self) -> int:
         size = len(self._parts)
-        self._store.write(self.name, bytes(self._parts))
+        self._is_sent = True
+        self._store.write(self.name, self._parts)
         self._parts = bytearray()
         return size
 
     def abort(self) -> None:
         self._parts = bytearray()
+        if self._is_sent:  # also where the answer was an error: the object may be there
+            with contextlib.suppress(StorageError):  # what failed before matters more
+                self._store.delete(self.name)
 
 
 def _exactly(name: str) -> Any:
@@ -157,3 +169,9 @@ def _starting(prefix: str) -> Any:
 def _is_unique(data: bytes) -> bool:
     """Whether no other writer would write these very bytes: they carry a write id."""
     return b"write-id" in data
+
+
+def _size_told(error: Exception, start: int) -> str:
+    """The object's size as far as an error about its range tells it: servers do not where all of it lies behind."""
+    told = re.search(r"\bsize (\d+)$", str(error))
+    return told[1] if told else f"at most {start}"

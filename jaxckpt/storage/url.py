@@ -123,18 +123,23 @@ def _credentials_file(access_key_id: str, secret_access_key: str, session_token:
 
 
 def _gcs(bucket: str, key: str, options: StorageOptions) -> dict[str, object]:
-    emulator = os.environ.get("STORAGE_EMULATOR_HOST")
-    endpoint = options.endpoint or os.environ.get(_GCS_URL) or emulator
+    set_before = _http_url(os.environ.get(_GCS_URL, ""))
+    emulator = _http_url(os.environ.get("STORAGE_EMULATOR_HOST", ""))
+    endpoint = _http_url(options.endpoint or "") or set_before or emulator
     if endpoint:
-        endpoint = endpoint.rstrip("/") if "://" in endpoint else f"http://{endpoint}"
-        # TensorStore's gcs driver takes an endpoint from this variable alone, whenever it opens a bucket.
-        set_before = os.environ.setdefault(_GCS_URL, endpoint)
-        if set_before.rstrip("/") != endpoint:
+        if set_before not in ("", endpoint):
             raise InvalidArgumentError(
                 f"GCS has one endpoint per process: {_GCS_URL} names {set_before}, StorageOptions names {endpoint}. "
                 f"Unset the variable, or use another process for the other endpoint."
             )
-        if options.anonymous or emulator:
+        # TensorStore's gcs driver takes an endpoint from this variable alone, whenever it opens a bucket.
+        os.environ[_GCS_URL] = endpoint
+        if options.anonymous or endpoint == emulator:
             # Without credentials TensorStore would ask the machine's metadata server; an emulator takes any token.
             os.environ.setdefault("GOOGLE_AUTH_TOKEN_FOR_TESTING", "anonymous")
     return {"driver": "gcs", "bucket": bucket, "path": key}
+
+
+def _http_url(endpoint: str) -> str:
+    """An endpoint as a URL: emulators are often given as host:port."""
+    return endpoint.rstrip("/") if "://" in endpoint or not endpoint else f"http://{endpoint.rstrip('/')}"

@@ -201,12 +201,24 @@ class CountingStore(_WrappedStore):
     @property
     def bytes_read(self) -> int:
         """Bytes that reads have returned."""
-        return self._counts.bytes_read
+        return self.bytes_read_by_name.total()
 
     @property
     def bytes_written(self) -> int:
         """Bytes handed over by ``write``, successful ``create`` and ``append``."""
-        return self._counts.bytes_written
+        return self.bytes_written_by_name.total()
+
+    @property
+    def bytes_read_by_name(self) -> Counter[str]:
+        """``bytes_read`` of each object; one that was read twice counts twice."""
+        with self._counts.lock:
+            return Counter(self._counts.bytes_read)
+
+    @property
+    def bytes_written_by_name(self) -> Counter[str]:
+        """``bytes_written`` to each object."""
+        with self._counts.lock:
+            return Counter(self._counts.bytes_written)
 
     def _call(self, operation: str, name: str, size_bytes: int, action: Callable[[], _T]) -> _T:
         with self._counts.lock:
@@ -215,9 +227,9 @@ class CountingStore(_WrappedStore):
         moved = len(result) if operation == "read" and isinstance(result, bytes) else size_bytes
         with self._counts.lock:
             if operation in ("read", "read_into"):
-                self._counts.bytes_read += moved
-            elif operation != "create" or result:  # not one that came too late
-                self._counts.bytes_written += moved
+                self._counts.bytes_read[name] += moved
+            elif moved and (operation != "create" or result):  # not one that came too late
+                self._counts.bytes_written[name] += moved
         return result
 
     def _like(self, store: AbstractStore, prefix: str) -> "CountingStore":
@@ -227,7 +239,8 @@ class CountingStore(_WrappedStore):
 class _Counts:
     def __init__(self) -> None:
         self.calls: Counter[str] = Counter()
-        self.bytes_read = self.bytes_written = 0
+        self.bytes_read: Counter[str] = Counter()
+        self.bytes_written: Counter[str] = Counter()
         self.lock = threading.Lock()
 
 

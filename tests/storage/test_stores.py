@@ -90,6 +90,9 @@ def test_bytes_and_calls_are_counted_over_children_and_threads(tmp_path: Path) -
         list(pool.map(use, range(32)))
     assert store.bytes_read == 32 * 15
     assert store.bytes_written == 32 * 23
+    assert store.bytes_read_by_name == {f"{i}/a": 15 for i in range(32)}
+    written = {"a": 10, "b": 3, "c": 10}
+    assert store.bytes_written_by_name == {f"{i}/{name}": n for i in range(32) for name, n in written.items()}
     per_child = {"write": 1, "read": 2, "read_into": 1, "create": 2, "open_data": 1, "append": 1, "close": 1}
     assert store.calls == {name: 32 * count for name, count in per_child.items()}
 

@@ -169,3 +169,17 @@ def test_gcs_cannot_be_in_two_places() -> None:
     with pytest.raises(InvalidArgumentError, match="127.0.0.1:9.*127.0.0.1:8"):
         open_store("gs://bucket/run", StorageOptions(endpoint="http://127.0.0.1:8"))
     open_store("gs://bucket/other", StorageOptions(endpoint="http://127.0.0.1:9"))
+
+
+@pytest.mark.parametrize("before", ["", "127.0.0.1:9", "http://127.0.0.1:9/"])
+def test_gcs_is_where_the_variable_says_however_it_is_written(monkeypatch: pytest.MonkeyPatch, before: str) -> None:
+    monkeypatch.setenv("TENSORSTORE_GCS_HTTP_URL", before)
+    open_store("gs://bucket/run", StorageOptions(endpoint="http://127.0.0.1:9"))
+    assert os.environ["TENSORSTORE_GCS_HTTP_URL"].rstrip("/") == "http://127.0.0.1:9"
+
+
+def test_only_an_emulator_is_asked_without_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", "127.0.0.1:8")
+    open_store("gs://bucket/run", StorageOptions(endpoint="http://127.0.0.1:9"))
+    assert os.environ["TENSORSTORE_GCS_HTTP_URL"] == "http://127.0.0.1:9"
+    assert "GOOGLE_AUTH_TOKEN_FOR_TESTING" not in os.environ
