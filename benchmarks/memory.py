@@ -58,7 +58,7 @@ def main() -> None:
     report.judge(
         Row(
             number=7,
-            what=f"peak RSS above the state, saving / restoring {size // MIB} MiB (budget: {budget // MIB} MiB of arena)",
+            what=f"peak RSS above the state, saving / restoring {size // MIB} MiB (arena: {budget // MIB} MiB)",
             measured=f"+{peak['jaxckpt', 'save'] / MIB:.0f} MiB / {peak['jaxckpt', 'restore'] / size:.2f}x",
             must=f"<= {limit // MIB} MiB / <= 1.15x",
             ok=peak["jaxckpt", "save"] <= limit and peak["jaxckpt", "restore"] <= 1.15 * size,

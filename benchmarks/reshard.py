@@ -73,7 +73,7 @@ def reading(report: Report, told: list[Any]) -> None:
         rows.append(row)
     report.add(
         Table(
-            title=f"{stored[names[0]] / MIB:.0f} MiB saved as P('d', 'm') on 4 x 2 devices, restored by {PROCESSES} processes",
+            title=f"{stored[names[0]] / MIB:.0f} MiB saved as P('d', 'm') on 4 x 2, restored by {PROCESSES} processes",
             columns=(
                 "as",
                 *(column for name in names for column in (f"{name} s, median (range)", "bytes read / stored")),
