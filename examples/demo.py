@@ -22,9 +22,9 @@ from typing import Any
 from _demo_screen import loss_line, say, table, title, verbatim
 
 EXAMPLES = Path(__file__).resolve().parent
-SAVE_EVERY = 8
+SAVE_EVERY = 6
 KILL_AT = 3 * SAVE_EVERY
-LAST_ON_8, LAST_ON_1 = 4 * SAVE_EVERY, 4 * SAVE_EVERY + 4
+LAST_ON_8, LAST_ON_1 = 4 * SAVE_EVERY, 4 * SAVE_EVERY + 3
 SAME_LOSS = 1e-4  # relative: other meshes add the same numbers in another order
 
 
@@ -287,7 +287,7 @@ def _ratio(value: float) -> str:
 
 
 def _show_step(event: dict[str, Any], *, note: str = "") -> None:
-    if event["step"] % 4 == 0 or note:
+    if event["step"] % 3 == 0 or note:
         loss_line(event["step"], event["loss"], note=note)
 
 
