@@ -20,7 +20,7 @@ INTRODUCTION = """\
 # Benchmarks
 
 Written by `make bench` (`python -m benchmarks`); [how it measures](../benchmarks/README.md). Times are wall seconds:
-the median and, in brackets, the range of all rounds. Contenders run interleaved in one process.
+the median and, in brackets, the range of all rounds. Contenders run interleaved.
 """
 
 
