@@ -16,21 +16,9 @@ _TEN = bytes(range(10))
 _THREADS = 8
 # Spaces, escapes of URLs, letters of more than one byte in UTF-8, what shells and globs would expand.
 ODD_NAMES = [
-    "with space",
-    "100%",
-    "a%20b",
-    "~",
-    "~user/x",
-    "a#b?c=d&e",
-    "plus+and=equals",
-    "grüße/日本/🙂",
-    "[0]/{x}*",
-    "quote'\"",
-    "a:b@c,d;e",
-    ".hidden",
-    "dots..in..name",
-    "x" * 200,
-]
+    'with space', '100%', 'a%20b', '~', '~user/x', 'a#b?c=d&e', 'plus+and=equals',
+    "grüße/日本/🙂", "[0]/{x}*", "quote'\"", "a:b@c,d;e", ".hidden", "dots..in..name", "x" * 200,
+]  # fmt: skip
 
 
 class StoreSuite:

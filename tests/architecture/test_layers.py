@@ -169,7 +169,7 @@ def test_public_names_are_pinned() -> None:
     import jaxckpt
 
     assert sorted(jaxckpt.__all__) == PUBLIC_NAMES
-    assert [name for name in names if not hasattr(jaxckpt, name)] == []
+    assert [name for name in PUBLIC_NAMES if not hasattr(jaxckpt, name)] == []
 
 
 @cache

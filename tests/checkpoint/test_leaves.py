@@ -250,19 +250,6 @@ def test_axis_types_come_back(tmp_path: Path, kind: AxisType) -> None:
     round_trips(tmp_path / "c", {"w": jax.device_put(np.ones((8, 2), np.float32), NamedSharding(mesh, P("a", "b")))})
 
 
-def test_pmap_style_shardings_are_saved(tmp_path: Path) -> None:
-    sharding = jax.sharding.PmapSharding if hasattr(jax.sharding, "PmapSharding") else None
-    if sharding is None:
-        pytest.skip("this jax has no PmapSharding")
-    try:
-        where = sharding.default((8, 3), devices=jax.devices())
-        array = jax.device_put(np.arange(24, dtype=np.float32).reshape(8, 3), where)
-    except Exception as error:  # noqa: BLE001 deprecated in some versions, gone in others
-        pytest.skip(f"this jax cannot make one: {error}")
-    jc.save(tmp_path / "c", {"w": array})
-    assert raw(jc.restore(tmp_path / "c")["w"]) == raw(array)
-
-
 def test_positional_shardings_are_saved(tmp_path: Path) -> None:
     replicated = NamedSharding(mesh_of(8, axes=("x",)), P())
     array = jax.jit(lambda x: x, out_shardings=replicated)(np.arange(6.0, dtype=np.float32))
