@@ -274,7 +274,7 @@ def show_times(timed: dict[str, Any], version: str) -> None:
             rows.append([f"{tree}: {what}", *times, f"{_ratio(orbax / ours)} / {_ratio(raw / ours)}"])
     say()
     table(
-        "Times on this machine (median of 3 rounds, all contenders in each, in turn)",
+        "Times on this machine (median of 3 rounds, interleaved)",
         ["", "jaxckpt", f"Orbax {version}", "uncompressed", "theirs / ours"],
         rows,
     )
