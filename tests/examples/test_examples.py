@@ -15,14 +15,14 @@ EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 PLAIN = sorted(path for path in EXAMPLES.glob("*.py") if "demo" not in path.name)
 
 
-def run(name: str, *arguments: str) -> str:
+def run(name: str, *arguments: str, timeout_s: float = 100) -> str:
     environment = os.environ | {"PYTHONPATH": str(EXAMPLES.parent)}
     done = subprocess.run(
         [sys.executable, str(EXAMPLES / name), *arguments],
         capture_output=True,
         text=True,
         check=False,
-        timeout=100,
+        timeout=timeout_s,
         env=environment,
     )
     assert done.returncode == 0, done.stdout + done.stderr
@@ -54,5 +54,6 @@ def test_examples_are_short(path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_the_demo_proves_what_it_claims() -> None:
-    assert "proofs hold" in run("demo.py")
+    assert "proofs hold" in run("demo.py", timeout_s=500)
