@@ -159,7 +159,7 @@ def _compare(entry: LeafEntry, x: Any, y: Any) -> str:
         return ""
     wide = np.complex128 if x.dtype.kind == "c" else np.float64
     gap = np.abs(x.astype(wide) - y.astype(wide))
-    return f"{int((gap != 0).sum())} of {x.size} elements differ, by at most {float(np.nanmax(gap)):.6g}"
+    return f"{int((gap != 0).sum())} of {x.size} elements differ, by at most {float(np.fmax.reduce(gap.reshape(-1), initial=0)):.6g}"
 
 
 def _leaf_infos(source: Source) -> list[LeafInfo]:

@@ -148,7 +148,7 @@ def _counts(saved: Mapping[Path, int], wanted: Sequence[Path]) -> list[str]:
 def _numbered(paths: Iterable[Path]) -> dict[str, int]:
     parts: dict[str, set[Hashable]] = {}
     for path in paths:
-        for i, key in enumerate(path[:-1]):
+        for i, key in enumerate(path):
             text = str(key)
             stem, digits = text.rstrip("0123456789"), text[len(text.rstrip("0123456789")) :]
             if digits:

@@ -39,6 +39,8 @@ class Want:
             return _NUMBERS[self.number](np.asarray(value)[()])
         if self.array_dtype is not None:
             array = np.asarray(value, self.array_dtype)
+            if self.scalar:
+                return array[()]
             return array if self.sharding is None else jax.device_put(array, self.sharding)
         return value
 
@@ -105,7 +107,8 @@ def _want_array(entry: LeafEntry, leaf: int, like: NamedLeaf, value: Any, *, cas
     if entry.kind in _NUMBERS:
         fits = shape == () and (_FAMILIES.get(_kind(dtype)) == entry.kind or cast)
         exact = fits and (cast or _is_exact(plain_value(entry), dtype))
-        return Want(leaf=leaf, sharding=sharding, array_dtype=dtype), "" if exact else text
+        scalar = isinstance(value, np.generic)
+        return Want(leaf=leaf, sharding=sharding, array_dtype=dtype, scalar=scalar), "" if exact else text
     if not entry.stored or entry.kind in ("prng_key", "bytes"):
         return Want(leaf=leaf), text
     if dtype.name != entry.dtype and not cast:
@@ -160,4 +163,4 @@ def _is_exact(value: Any, dtype: np.dtype) -> bool:
         stored = np.asarray(value).astype(dtype)
     except (OverflowError, ValueError):
         return False
-    return bool(stored == value) or value != value
+    return bool(stored.item() == value) or value != value  # a numpy scalar would round the value first
