@@ -74,7 +74,7 @@ def fill_together(source: OwnSource, targets: Mapping[int, tuple[Target, ...]], 
 
 
 def _streams(chunks: Mapping[tuple[Groups, tuple[int, ...]], list[ChunkRead]]) -> dict[Groups, list[list[ChunkRead]]]:
-    """What each process reads for others: neighbours in a file go to one process, as the plan is the same everywhere."""
+    """What each process reads for others; neighbours in a file go to one process."""
     streams: dict[Groups, list[list[ChunkRead]]] = {}
     for (groups, needed_by), found in sorted(chunks.items()):
         lists = streams.setdefault(groups, [[] for _ in range(jax.process_count())])

@@ -22,7 +22,7 @@ from jaxckpt.checkpoint.lineage import Lineage, lineage_record
 from jaxckpt.checkpoint.pending import PendingSave
 from jaxckpt.coordination.jax_client import current_coordinator
 from jaxckpt.coordination.session import Session, session_name
-from jaxckpt.core.errors import CheckpointError
+from jaxckpt.core.errors import CheckpointError, CoordinationError
 from jaxckpt.core.events import Committed, Flushed, emit
 from jaxckpt.format.orbax_metadata import COMMIT_MARKER
 from jaxckpt.format.sidecar import FILE_NAME
@@ -139,6 +139,7 @@ def begin(
         return _flush(store, described, plan, pieces, coordinator.rank, opened)
 
     def publish(tables: list[Written]) -> None:
+        opened[:] = [name for written in tables for name in written.files]  # all that a failure now would leave
         _commit(store, described, plan, tables, before, lineage, start_ns)
 
     def finish() -> None:
@@ -146,7 +147,7 @@ def begin(
             if session is None:
                 publish([flush()])
             else:
-                _agree(session, coordinator.rank, flush, publish, timeout_s)
+                _agree(session, coordinator.rank, described, flush, publish, opened, timeout_s)
         except Exception as error:
             _clean_up(store, before, opened, error, alone=session is None)
             raise
@@ -157,25 +158,45 @@ def begin(
 def _agree(
     session: Session,
     rank: int,
+    described: Described,
     flush: Callable[[], Written],
     publish: Callable[[list[Written]], None],
+    opened: list[str],
     timeout_s: float,
 ) -> None:
     """Write on all processes, commit on process 0 once all have written, end when it has."""
+    committing = False
     try:
         session.enter("write")
-        session.arrive("write", table.pack(flush()))
+        session.arrive("write", table.pack(flush(), table.marks(described)))
         session.enter("commit")
         if rank == 0:
-            publish([table.unpack(data) for data in session.collect("write", timeout_s=timeout_s)])
+            told = session.collect("write", timeout_s=timeout_s)
+            table.check_alike([table.unpack_marks(data) for data in told], described)
+            committing = session.claim()
+            if not committing:
+                raise CoordinationError("Another process gave this save up before it was committed.")
+            publish([table.unpack(data) for data in told])
             session.arrive("commit")
         else:
-            session.wait("commit", rank=0, timeout_s=timeout_s)
+            _wait_for_commit(session, timeout_s)
     except Exception as error:
+        if not committing and not session.abandon():
+            # Process 0 may be committing these files right now: they stay, and the next save there sweeps them.
+            opened.clear()
         session.fail(error)
         raise
     finally:
         session.close()
+
+
+def _wait_for_commit(session: Session, timeout_s: float) -> None:
+    try:
+        session.wait("commit", rank=0, timeout_s=timeout_s)
+    except CoordinationError:
+        # If some process has not written, it is to blame, and not process 0, which waits for it as well.
+        session.collect("write", timeout_s=0)
+        raise
 
 
 def _flush(

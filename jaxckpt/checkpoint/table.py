@@ -1,10 +1,12 @@
 """The chunk tables that processes send to the one that commits, joined and checked: every chunk exactly once."""
 
 import json
+import zlib
 from collections.abc import Sequence
 
 import numpy as np
 
+from jaxckpt.checkpoint.leaves import Described
 from jaxckpt.core.errors import CoordinationError
 from jaxckpt.format.sidecar import ChunkTable, LeafEntry
 from jaxckpt.transfer.write import Written
@@ -12,10 +14,48 @@ from jaxckpt.transfer.write import Written
 _COLUMNS = ("leaf", "chunk", "file", "offset", "length", "crc32c")
 
 
-def pack(written: Written) -> bytes:
+def marks(described: Described) -> list[int]:
+    """One number per leaf: equal on all processes if they save equal trees."""
+    shardings: dict[object, str] = {}
+    found = []
+    for leaf, index in zip(described.leaves, described.index, strict=True):
+        entry, sharding = described.entries[index], described.specs[index].sharding
+        text = shardings.setdefault(sharding, str(sharding))
+        found.append(zlib.crc32(f"{leaf.path!r} {index} {entry.kind} {entry.dtype} {entry.shape} {text}".encode()))
+    return found
+
+
+def check_alike(marks_of_all: Sequence[list[int]], described: Described) -> None:
+    """Raise unless all processes save the tree that process 0 does.
+
+    Raises:
+        CoordinationError: names the process and the first leaf that differs.
+    """
+    ours = marks_of_all[0]
+    for rank, theirs in enumerate(marks_of_all):
+        if theirs == ours:
+            continue
+        place = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), len(theirs))
+        what = "it has more leaves"
+        if place < len(ours):
+            index = described.index[place]
+            entry, sharding = described.entries[index], described.specs[index].sharding
+            what = (
+                f'"{described.leaves[place].name}" ({entry.kind} {entry.shape} {entry.dtype}, {sharding}) differs there'
+            )
+        raise CoordinationError(
+            f"Process {rank} of {len(marks_of_all)} saves another tree than process 0 ({len(theirs)} and {len(ours)} "
+            f"leaves): {what}. Nothing was committed. All processes must save equal names, shapes, dtypes and "
+            "shardings. An array of this process alone, as jnp.ones(3) makes it, lies on another device in each: make "
+            "it global (jax.make_array_from_process_local_data) or a numpy array, which process 0 saves for all."
+        )
+
+
+def pack(written: Written, marks: Sequence[int] = ()) -> bytes:
     """A process's table as bytes: a line of JSON, then the columns as little-endian int64."""
     columns = [np.ascontiguousarray(getattr(written, name), "<i8") for name in _COLUMNS]
-    head = json.dumps({"files": list(written.files), "rows": len(written.leaf)}).encode() + b"\n"
+    record = {"files": list(written.files), "rows": len(written.leaf), "marks": list(marks)}
+    head = json.dumps(record).encode() + b"\n"
     return head + b"".join(column.tobytes() for column in columns)
 
 
@@ -25,6 +65,11 @@ def unpack(data: bytes) -> Written:
     record = json.loads(head)
     columns = np.frombuffer(body, "<i8").reshape(len(_COLUMNS), record["rows"])
     return Written(files=tuple(record["files"]), **dict(zip(_COLUMNS, columns, strict=True)))
+
+
+def unpack_marks(data: bytes) -> list[int]:
+    """The marks that were given to ``pack``."""
+    return json.loads(data.partition(b"\n")[0])["marks"]
 
 
 def join(tables: Sequence[Written], entries: Sequence[LeafEntry]) -> tuple[tuple[str, ...], ChunkTable]:

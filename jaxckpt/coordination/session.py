@@ -93,6 +93,22 @@ class Session:
             return self._payloads[stage]
         return self._await(stage, [rank], timeout_s)[rank]
 
+    def claim(self) -> bool:
+        """Pass the point of no return: False if another process has abandoned the operation before."""
+        return self._alone or self._coordinator.count(f"{self._root}/claimed") == 1
+
+    def abandon(self) -> bool:
+        """Give the operation up: whether it is sure that nobody passes ``claim`` any more, nor has."""
+        if self._alone:
+            return True
+        try:
+            if self.claim():
+                self._coordinator.put(f"{self._root}/abandoned", b"")
+                return True
+            return self._coordinator.try_get(f"{self._root}/abandoned") is not None
+        except CoordinationError:
+            return False
+
     def fail(self, error: BaseException) -> None:
         """Tell the others that this process cannot go on. The first failure told is the one they hear of."""
         if self._alone or self._closed or self._failure_is_known:
