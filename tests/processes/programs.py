@@ -17,7 +17,6 @@ from tests.processes.trees import (
     COMPRESSION,
     KEYS,
     LEAVES,
-    PLAIN,
     everywhere,
     like_tree,
     make_tree,

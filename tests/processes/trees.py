@@ -1,4 +1,4 @@
-"""Trees for the tests of processes: every kind of leaf, with values that anyone can compute again from a leaf's name."""
+"""Trees for the tests of processes: every kind of leaf, with values that its name gives to anyone."""
 
 import zlib
 from collections.abc import Callable
@@ -97,7 +97,7 @@ def like_tree(tree: dict[str, Any], choose: Callable[[str, tuple[int, ...]], Sha
 
 
 def everywhere(sharding_rows: int, *, turn: bool, reverse: bool = False) -> Callable[[str, tuple[int, ...]], Sharding]:
-    """For ``like_tree``: the leaves' own specs, or turned around, on a mesh of this many rows; all others replicated."""
+    """For ``like_tree``: their own specs, or turned around, on a mesh of this many rows; the others replicated."""
     mesh = mesh_of(sharding_rows, reverse=reverse)
 
     def choose(name: str, shape: tuple[int, ...]) -> Sharding:
