@@ -159,7 +159,8 @@ def _compare(entry: LeafEntry, x: Any, y: Any) -> str:
         return ""
     wide = np.complex128 if x.dtype.kind == "c" else np.float64
     gap = np.abs(x.astype(wide) - y.astype(wide))
-    return f"{int((gap != 0).sum())} of {x.size} elements differ, by at most {float(np.fmax.reduce(gap.reshape(-1), initial=0)):.6g}"
+    largest = float(np.fmax.reduce(gap.reshape(-1), initial=0))
+    return f"{int((gap != 0).sum())} of {x.size} elements differ, by at most {largest:.6g}"
 
 
 def _leaf_infos(source: Source) -> list[LeafInfo]:

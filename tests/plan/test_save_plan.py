@@ -53,5 +53,5 @@ def test_replicated_leaves_are_shared_evenly(processes: int, sizes: list[tuple[i
     specs = [ArraySpec(shape=shape, itemsize=4, sharding=sharding) for shape in sizes]
     total = sum(math.prod(shape) * 4 for shape in sizes)
     load = plan_save(specs, processes=processes).load_bytes
-    slack = 1024 * processes / total  # no leaf is cut into pieces below 1 KiB
-    assert load.max() / load.mean() <= 1.05 + (slack if slack > 0.01 else 0)
+    # No leaf is cut into pieces below 1 KiB, so a share of hardly more cannot be even.
+    assert load.max() / load.mean() <= (1.05 if total // processes >= 4096 else 2)
