@@ -3,7 +3,8 @@
 import math
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -19,9 +20,9 @@ from jaxckpt.core.errors import InvalidArgumentError, MismatchError
 from jaxckpt.core.events import Restored, emit
 from jaxckpt.core.tree import NONE, build, children_of, flatten, path_name, rebuild
 from jaxckpt.storage.url import StorageOptions, open_store
-from jaxckpt.transfer.upload import Destination, device_destination, host_destination
+from jaxckpt.transfer.upload import Destination, Target, device_destination, host_destination
 
-STAGING_BYTES = 64 * 1024 * 1024  # host memory beyond the restored arrays
+STAGING_BYTES = 32 * 1024 * 1024  # of a batch: two of them are the host memory beyond the restored arrays
 Chooser = Callable[[str, jax.ShapeDtypeStruct], Sharding | None]
 
 
@@ -217,24 +218,50 @@ class _Job(NamedTuple):
 
 
 def _fetch(source: Source, wants: list[Want]) -> tuple[list[Any], int]:
-    """The values of all wants, in batches that bound the host memory beyond them."""
+    """The values of all wants, in batches that bound the host memory beyond them.
+
+    While one batch is read, the destinations of the next one are made. Over several processes each batch is an exchange
+    between all of them, so there one follows the other.
+    """
     results: list[Any] = [None] * len(wants)
     together = jax.process_count() > 1 and any(map(is_shared, wants))  # alike on all processes
-    read_bytes, staged = 0, 0
-    batch: list[_Job] = []
+    stored: list[tuple[int, Want]] = []
+    read_bytes = 0
     for place, want in enumerate(wants):
-        if not source.leaves[want.leaf].stored:
+        if source.leaves[want.leaf].stored:
+            stored.append((place, want))
+        else:
             results[place] = want.convert(plain_value(source.leaves[want.leaf]))
-            continue
+    if together:
+        for batch in _batches(source, stored):
+            read_bytes += _finish(source, batch, _fill(source, batch, together=True), results)
+        return results, read_bytes
+    with ThreadPoolExecutor(1, thread_name_prefix="jaxckpt-fill") as reader:
+        before: tuple[list[_Job], Future[int]] | None = None
+        for batch in _batches(source, stored):
+            if before is not None:
+                done = before[1].result()
+            reading = reader.submit(_fill, source, batch, together=False)
+            if before is not None:
+                read_bytes += _finish(source, before[0], done, results)
+            before = (batch, reading)
+        if before is not None:
+            read_bytes += _finish(source, before[0], before[1].result(), results)
+    return results, read_bytes
+
+
+def _batches(source: Source, wants: list[tuple[int, Want]]) -> Iterator[list[_Job]]:
+    batch: list[_Job] = []
+    size = 0
+    for place, want in wants:
         job = _Job(want, place, _destination(source, want))
         batch.append(job)
-        staged += _batch_bytes(source, job)
-        if staged >= STAGING_BYTES:
-            read_bytes += _fill(source, batch, results, together=together)
-            batch, staged = [], 0
+        size += _batch_bytes(source, job)
+        if size >= STAGING_BYTES:
+            yield batch
+            batch, size = [], 0
     if batch:
-        read_bytes += _fill(source, batch, results, together=together)
-    return results, read_bytes
+        yield batch
 
 
 def _batch_bytes(source: Source, job: _Job) -> int:
@@ -254,14 +281,16 @@ def _destination(source: Source, want: Want) -> Destination:
     return device_destination(shape, dtype, want.sharding, cast=want.cast, zero=zero)
 
 
-def _fill(source: Source, batch: list[_Job], results: list[Any], *, together: bool) -> int:
-    targets: dict[int, tuple] = {}
+def _fill(source: Source, batch: list[_Job], *, together: bool) -> int:
+    targets: dict[int, tuple[Target, ...]] = {}
     for job in batch:
         targets[job.want.leaf] = targets.get(job.want.leaf, ()) + job.destination.targets()
     if together and isinstance(source, OwnSource):
-        read_bytes = fill_together(source, targets, [job.want for job in batch])
-    else:
-        read_bytes = source.fill(targets)
+        return fill_together(source, targets, [job.want for job in batch])
+    return source.fill(targets)
+
+
+def _finish(source: Source, batch: list[_Job], read_bytes: int, results: list[Any]) -> int:
     for job in batch:
         entry = source.leaves[job.want.leaf]
         results[job.place] = job.want.convert(_finished(entry, job.destination.finish(), job.want))

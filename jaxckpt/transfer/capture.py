@@ -7,10 +7,12 @@ Host (numpy) arrays may be written by their owner at any time, so they are copie
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Sharding
 
 from jaxckpt.core.box import Box, intersect
 from jaxckpt.plan.save import SavePlan
@@ -47,17 +49,24 @@ def _shards(array: Any, plan: SavePlan, index: int) -> list[tuple[Box, Any]]:
         return [(Box((0,) * array.ndim, array.shape), array)]
     if len(array.sharding.device_set) == 1:
         return [(Box((0,) * array.ndim, array.shape), array)]
-    boxes = list(device_boxes(array.sharding, array.shape).values())
-    # The smallest box around this process's chunks.
-    chunk, places = plan.chunks[index], np.unravel_index(plan.mine[index], plan.grids[index]) if array.ndim else ()
+    chosen = _touched(array.sharding, array.shape, plan.chunks[index], plan.grids[index], plan.mine[index].tobytes())
+    return [(box, array.addressable_data(k)) for k, box in chosen]
+
+
+@lru_cache(maxsize=4096)
+def _touched(
+    sharding: Sharding, shape: tuple[int, ...], chunk: tuple[int, ...], grid: tuple[int, ...], mine: bytes
+) -> list[tuple[int, Box]]:
+    """Which distinct local shards lie in the smallest box around these chunks; leaves of one shape share the answer."""
+    places = np.unravel_index(np.frombuffer(mine, np.int64), grid) if grid else ()
     start = tuple([int(p.min()) * c for p, c in zip(places, chunk, strict=True)])
-    stop = [min((int(p.max()) + 1) * c, n) for p, c, n in zip(places, chunk, array.shape, strict=True)]
+    stop = [min((int(p.max()) + 1) * c, n) for p, c, n in zip(places, chunk, shape, strict=True)]
     wanted = Box(start, tuple([b - a for a, b in zip(start, stop, strict=True)]))
-    found: dict[Box, Any] = {}
-    for k, box in enumerate(boxes):
+    found: dict[Box, int] = {}
+    for k, box in enumerate(device_boxes(sharding, shape).values()):
         if box not in found and intersect(box, wanted) is not None:
-            found[box] = array.addressable_data(k)
-    return list(found.items())
+            found[box] = k
+    return [(k, box) for box, k in found.items()]
 
 
 def _host(data: Any, frozen: bool) -> np.ndarray:
