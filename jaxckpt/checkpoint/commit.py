@@ -108,8 +108,8 @@ def commit(
             shardings=shardings,
             files=files,
             table=table,
-            manifest_crc32c=google_crc32c.value(database.manifest),
-            supersedes=tuple([google_crc32c.value(data) for data in old_manifest]),
+            manifest_crc32c=sc.manifest_checksum(database.manifest),
+            supersedes=tuple([sc.manifest_checksum(data) for data in old_manifest]),
             time_ns=now_ns,
             **lineage,
         )

@@ -5,7 +5,6 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from typing import Any, Protocol, final
 
-import google_crc32c
 import numpy as np
 
 from jaxckpt.checkpoint.codecs import decoder
@@ -69,13 +68,13 @@ def open_source(store: AbstractStore) -> Source:
 def check_manifest(store: AbstractStore, sidecar: sc.Sidecar) -> None:
     """Raise unless the database's manifest is the one that the sidecar was written with."""
     try:
-        found = google_crc32c.value(store.read(MANIFEST))
+        found = sc.manifest_checksum(store.read(MANIFEST))
     except NotFoundError as error:
         raise CorruptionError(f"{store.url}{MANIFEST} is missing: the checkpoint is damaged.") from error
     if found != sidecar.manifest_crc32c and found not in sidecar.supersedes:
         raise CorruptionError(
-            f"{store.url}{MANIFEST} has crc32c {found:08x}, {sc.FILE_NAME} was committed with "
-            f"{sidecar.manifest_crc32c:08x}: it is damaged, or another program changed the database. "
+            f"{store.url}{MANIFEST} is not the one that {sc.FILE_NAME} was committed with (crc32c "
+            f"{sidecar.manifest_crc32c:08x}): it is damaged, or another program changed the database. "
             f"To restore what the database holds now, move {sc.FILE_NAME} away."
         )
 

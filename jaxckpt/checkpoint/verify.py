@@ -4,7 +4,6 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-import google_crc32c
 import numpy as np
 
 from jaxckpt.checkpoint.source import OwnSource, check_manifest, open_source
@@ -13,6 +12,7 @@ from jaxckpt.core.checksum import crc32c
 from jaxckpt.core.errors import CheckpointError, CorruptionError, UnsupportedFormatError
 from jaxckpt.core.tree import path_name, walk
 from jaxckpt.format.ocdbt_reader import decode_database
+from jaxckpt.format.sidecar import manifest_checksum
 from jaxckpt.format.zarr3 import array_metadata, chunk_keys, metadata_key
 from jaxckpt.storage.store import AbstractStore
 from jaxckpt.storage.url import StorageOptions, open_store
@@ -105,7 +105,7 @@ def _verify_own(store: AbstractStore, source: OwnSource) -> VerifyReport:
 
 def _database_problems(store: AbstractStore, source: OwnSource) -> list[str]:
     """Where the OCDBT database, which other readers go by, says something else than our chunk table."""
-    if google_crc32c.value(store.read("manifest.ocdbt")) in source.sidecar.supersedes:
+    if manifest_checksum(store.read("manifest.ocdbt")) in source.sidecar.supersedes:
         return [
             "manifest.ocdbt is that of the checkpoint before: an overwrite was interrupted; others see the old one."
         ]

@@ -86,6 +86,15 @@ class Sidecar:
         return np.concatenate([[0], np.cumsum(np.array(counts, np.int64))]).astype(np.int64)
 
 
+def manifest_checksum(data: bytes) -> int:
+    """The crc32c that a database's manifest ends with, -1 if it is damaged.
+
+    Not the crc32c of all its bytes: that is one and the same for all that end with their own.
+    """
+    found = google_crc32c.value(data[:-4])
+    return found if data[-4:] == found.to_bytes(4, "little") else -1
+
+
 def encode_sidecar(sidecar: Sidecar) -> bytes:
     """The bytes of ``jaxckpt.json``."""
     table = sidecar.table
