@@ -33,6 +33,7 @@ class LocalStore(AbstractStore):
         self.parallel_io = min(4, max(2, os.cpu_count() or 1))
         self._unsynced: set[str] = set()
         self._lock = threading.Lock()
+        self._syncing = threading.Lock()
 
     @cached_property
     def _files(self) -> "OpenFiles":
@@ -108,7 +109,9 @@ class LocalStore(AbstractStore):
             try:
                 os.link(temporary, path)
             except FileExistsError:
-                return False
+                # A network folder may lose its answer and ask again, and then it finds the link that it has made.
+                if os.stat(temporary).st_nlink != 2:
+                    return False
             except OSError:  # no hard links here
                 if os.path.exists(path):
                     return False
@@ -178,6 +181,7 @@ class LocalStore(AbstractStore):
             self._files.forget(self._path(name))
 
     def delete_prefix(self, prefix: str) -> None:
+        check_name(self.url, prefix)
         self._files.close()
         folder, _, start = prefix.rpartition("/")
         try:
@@ -191,16 +195,21 @@ class LocalStore(AbstractStore):
             raise self._failed("delete", prefix, error) from error
 
     def sync(self) -> None:
-        with self._lock:
-            folders, self._unsynced = self._unsynced, set()
-        try:
-            # Deepest first: a folder's own name is durable once its parent is.
-            for folder in sorted(folders, key=len, reverse=True):
-                _sync_folder(folder)
-        except OSError as error:
-            raise self._failed("sync", "", error) from error
+        # One at a time: a thread that finds nothing left to sync may rely on it being done.
+        with self._syncing:
+            with self._lock:
+                folders, self._unsynced = self._unsynced, set()
+            try:
+                # Deepest first: a folder's own name is durable once its parent is.
+                for folder in sorted(folders, key=len, reverse=True):
+                    _sync_folder(folder)
+            except OSError as error:
+                with self._lock:
+                    self._unsynced |= folders
+                raise self._failed("sync", "", error) from error
 
     def child(self, name: str) -> "LocalStore":
+        check_name(self.url, name)
         return LocalStore(os.path.join(self.root, name))
 
     def kvstore_spec(self) -> dict[str, object]:
@@ -234,6 +243,9 @@ class LocalStore(AbstractStore):
         try:
             _write_all(fd, memoryview(data), 0)
             os.fsync(fd)
+        except OSError:
+            _unlink(path)  # it is ours, and half of an object would keep its name for ever
+            raise
         finally:
             os.close(fd)
 

@@ -19,7 +19,8 @@ import numpy as np
 import pytest
 
 from jaxckpt.core.errors import AlreadyExistsError, NotFoundError, StorageError
-from jaxckpt.storage.local import OPEN_FILES, LocalStore
+from jaxckpt.storage.descriptors import OPEN_FILES
+from jaxckpt.storage.local import LocalStore
 from jaxckpt.testing.stores import CrashAfter, SimulatedCrash
 
 if TYPE_CHECKING:
@@ -50,6 +51,8 @@ def _append(store: LocalStore) -> None:
     finally:
         writer.abort()
 
+
+needs_proc = pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="counts descriptors in /proc")
 
 WRITES = [_write, _write_all, _create, _append]
 
@@ -220,6 +223,99 @@ store.write("a", b"new") if sys.argv[2] == "write" else store.create("b", b"new"
     assert not tmp_path.exists()
 
 
+# What only network folders do, in a process of its own, where system calls are not what they are here.
+_OTHER_CALLS = """
+import errno, os, sys
+from jaxckpt.core.errors import StorageError
+from jaxckpt.storage.local import LocalStore
+link = os.link
+def lose_the_answer(source, target):
+    link(source, target)
+    raise FileExistsError(errno.EEXIST, "File exists")  # the repeated request found what the first one made
+def refuse(source, target):
+    raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+"""
+
+
+def _with_other_calls(code: str, *args: object) -> str:
+    command = [sys.executable, "-c", _OTHER_CALLS + code, *map(str, args)]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def test_a_create_whose_answer_was_lost_has_created(tmp_path: Path) -> None:
+    code = "os.link = lose_the_answer; store = LocalStore(sys.argv[1])\n"
+    code += "print(store.create('new', b'x'), store.create('new', b'x'), store.create('old', b'x'))"
+    LocalStore(tmp_path).write("old", b"old")
+    assert _with_other_calls(code, tmp_path) == "True False False\n"
+    assert sorted(os.listdir(tmp_path)) == ["new", "old"]
+    assert (tmp_path / "old").read_bytes() == b"old"
+
+
+def test_create_needs_no_links(tmp_path: Path) -> None:
+    code = "os.link = refuse; store = LocalStore(sys.argv[1])\n"
+    code += "print(store.create('a', b'1'), store.create('a', b'2'))"
+    assert _with_other_calls(code, tmp_path) == "True False\n"
+    assert os.listdir(tmp_path) == ["a"]
+    assert (tmp_path / "a").read_bytes() == b"1"
+
+
+def test_a_create_that_fails_without_links_leaves_the_name_free(small_disk: tuple[Path, int]) -> None:
+    # Room for the temporary file but not for the object beside it.
+    disk, expected = small_disk
+    if expected != errno.ENOSPC:
+        pytest.skip("needs a disk of its own")
+    code = """
+os.link = refuse
+try:
+    LocalStore(sys.argv[1]).create("a", bytes(700 * 1024))
+except StorageError as error:
+    print(error.errno)
+"""
+    assert _with_other_calls(code, disk) == f"{expected}\n"
+    assert os.listdir(disk) == []
+
+
+def test_a_sync_that_failed_is_not_done() -> None:
+    with tempfile.TemporaryDirectory() as folder:  # not tmp_path, whose parents are closed to others
+        os.chmod(folder, 0o777)
+        with _not_as_root():
+            store = LocalStore(Path(folder) / "root")
+            store.open_data("d/a").close()
+            os.chmod(store.root + "/d", 0)
+            for _ in range(2):
+                with pytest.raises(StorageError) as caught:
+                    store.sync()
+                assert caught.value.errno == errno.EACCES
+            os.chmod(store.root + "/d", 0o755)
+            store.sync()
+            os.chmod(store.root + "/d", 0)
+            store.sync()  # nothing is left to do
+            os.chmod(store.root + "/d", 0o755)
+
+
+def test_a_sync_waits_for_what_another_thread_syncs(tmp_path: Path) -> None:
+    code = """
+import threading
+from concurrent.futures import ThreadPoolExecutor, wait
+store = LocalStore(sys.argv[1])
+store.open_data("d/a").close()
+began, go_on, sync = threading.Event(), threading.Event(), os.fsync
+def slow(fd):
+    began.set()
+    assert go_on.wait(30)
+    sync(fd)
+os.fsync = slow
+with ThreadPoolExecutor(2) as pool:
+    first = pool.submit(store.sync)
+    assert began.wait(30)
+    second = pool.submit(store.sync)
+    print(len(wait([second], timeout=0.2).done))
+    go_on.set()
+    print(first.result(30), second.result(30))
+"""
+    assert _with_other_calls(code, tmp_path) == "0\nNone None\n"
+
+
 def test_two_may_delete_the_same(tmp_path: Path) -> None:
     store = LocalStore(tmp_path / "root")
     for i in range(20):
@@ -248,9 +344,6 @@ def _open_descriptors(root: Path) -> int:
         with contextlib.suppress(FileNotFoundError):
             found += os.readlink(f"/proc/self/fd/{fd}").startswith(str(root))
     return found
-
-
-needs_proc = pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="counts descriptors in /proc")
 
 
 @needs_proc
