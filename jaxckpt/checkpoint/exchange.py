@@ -180,7 +180,7 @@ def agree(url: str, error: Exception | None) -> None:
 def _gather(mine: np.ndarray, groups: Groups) -> np.ndarray:
     """uint8 [members, bytes]: what each member of this process's group brought."""
     sharding, gather = _program(groups)
-    lead = next(d for d in sharding.mesh.devices.flat if d.process_index == jax.process_index())
+    lead = next(d for d in np.asarray(sharding.mesh.devices).flat if d.process_index == jax.process_index())
     local = jax.device_put(mine[None, None], lead)
     shape = (len(groups), len(groups[0]), len(mine))
     spread = jax.make_array_from_single_device_arrays(shape, sharding, [local])

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.core import Tracer
 from jax.sharding import NamedSharding, Sharding, SingleDeviceSharding
 
 from jaxckpt.core.dtypes import is_storable
@@ -80,7 +81,7 @@ def sharding_record(sharding: Sharding) -> dict[str, Any]:
             "axes": list(mesh.axis_names),
             "shape": [mesh.shape[name] for name in mesh.axis_names],
             "axis_types": [t.name for t in mesh.axis_types],
-            "devices": [d.id for d in mesh.devices.flat],
+            "devices": [d.id for d in np.asarray(mesh.devices).flat],
             "spec": [
                 list(p) if isinstance(p, tuple) else p if p is None or isinstance(p, str) else None
                 for p in sharding.spec
@@ -97,7 +98,7 @@ def sharding_record(sharding: Sharding) -> dict[str, Any]:
 
 def _classify(leaf: NamedLeaf, compression: Compression) -> tuple[LeafEntry, Any]:
     value = leaf.value
-    if isinstance(value, jax.core.Tracer):
+    if isinstance(value, Tracer):
         raise UnsupportedLeafError(f'"{leaf.name}" is a tracer: save outside of jit')
     if isinstance(value, jax.Array):
         if jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key):

@@ -140,7 +140,9 @@ def _key_dtype_text(entry: LeafEntry) -> str:
     if entry.kind != "prng_key":
         return ""
     return str(
-        jax.eval_shape(lambda: jax.random.wrap_key_data(np.zeros(entry.shape, np.uint32), impl=entry.prng_impl)).dtype
+        jax.eval_shape(
+            lambda: jax.random.wrap_key_data(jax.numpy.zeros(entry.shape, np.uint32), impl=entry.prng_impl)
+        ).dtype
     )
 
 

@@ -33,10 +33,10 @@ def whole(shape: Sequence[int]) -> Box:
     return Box((0,) * len(shape), tuple(shape))
 
 
-def from_index(index: Sequence[slice], shape: Sequence[int]) -> Box:
+def from_index(index: Sequence[slice] | None, shape: Sequence[int]) -> Box:
     """The box of a tuple of slices, as JAX shardings give them (``slice(None)`` is the whole dimension)."""
     start, extent = [], []
-    for piece, size in zip(index, shape, strict=True):
+    for piece, size in zip(index or (), shape, strict=True):
         lo, hi, _ = piece.indices(size)
         start.append(lo)
         extent.append(max(hi - lo, 0))

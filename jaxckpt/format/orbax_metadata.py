@@ -348,7 +348,9 @@ def _sharding_record(sharding: Sharding, meshes: dict[object, dict[str, object]]
         known = meshes.get(mesh)
         if known is None:
             types = [f"AxisType.{kind.name}" for kind in mesh.axis_types]
-            known = meshes[mesh] = _mesh_record(list(mesh.shape.values()), list(mesh.axis_names), types, mesh.devices)
+            known = meshes[mesh] = _mesh_record(
+                list(mesh.shape.values()), list(mesh.axis_names), types, np.asarray(mesh.devices)
+            )
         shown = {"sharding_type": "NamedSharding", **known}
         return {
             **shown,

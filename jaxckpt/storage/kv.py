@@ -46,7 +46,8 @@ class KvStore(AbstractStore):
         return bool(self._call("look at", name, lambda: self._kv.list(_exactly(name))))
 
     def write(self, name: str, data: bytes | bytearray) -> None:
-        self._call("write", name, lambda: self._kv.write(name, data))
+        value: Any = data  # TensorStore takes any buffer, its stubs say bytes
+        self._call("write", name, lambda: self._kv.write(name, value))
 
     def create(self, name: str, data: bytes) -> bool:
         absent = self._call("read", name, lambda: self._kv.read(name))

@@ -40,7 +40,10 @@ def capture(arrays: Sequence[Any], plan: SavePlan, *, frozen: bool) -> list[list
             for _, data in pieces:
                 if isinstance(data, jax.Array):
                     data.copy_to_host_async()
-    return [[Piece(box, _host(data, frozen)) for box, data in pieces] for pieces in shards]
+    return [
+        [Piece(box, np.asarray(data) if isinstance(data, jax.Array) else _host(data, frozen)) for box, data in pieces]
+        for pieces in shards
+    ]
 
 
 def _shards(array: Any, plan: SavePlan, index: int) -> list[tuple[Box, Any]]:
@@ -69,7 +72,5 @@ def _touched(
     return [(k, box) for box, k in found.items()]
 
 
-def _host(data: Any, frozen: bool) -> np.ndarray:
-    if isinstance(data, jax.Array):
-        return np.asarray(data)
+def _host(data: np.ndarray, frozen: bool) -> np.ndarray:
     return np.array(data, order="C") if frozen else np.ascontiguousarray(data).reshape(data.shape)

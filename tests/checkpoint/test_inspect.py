@@ -13,7 +13,6 @@ from jax.sharding import PartitionSpec as P
 import jaxckpt as jc
 from tests.checkpoint.bits import assert_same_tree
 
-
 KEY = jax.random.key(0)
 
 
