@@ -64,7 +64,8 @@ def describe(tree: Any, compression: Compression = None) -> Described:
         else:
             sharding = array.sharding if isinstance(array, jax.Array) else None
             specs.append(ArraySpec(shape=tuple(array.shape), itemsize=array.dtype.itemsize, sharding=sharding))
-    refused += _unwritable_names(leaves)
+    if not "".join([leaf.name for leaf in leaves]).isascii():
+        refused += _unwritable_names(leaves)
     if refused:
         raise UnsupportedLeafError(_refusal(refused))
     if len(entries) < len(leaves):
