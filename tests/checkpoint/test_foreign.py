@@ -28,6 +28,7 @@ from jaxckpt.core.errors import (
 from jaxckpt.core.tree import build, flatten
 from jaxckpt.format import orbax_metadata as om
 from jaxckpt.format.zarr3 import array_metadata
+from jaxckpt.storage.url import open_store
 
 ocp = pytest.importorskip("orbax.checkpoint")
 v1 = ocp.v1
@@ -120,13 +121,13 @@ def test_every_layout_is_read_back_bit_for_bit(tmp_path: Path, tree: Any, layout
     # Orbax's standard handlers refuse strings.
     wanted = tree if layout == "v0 standard" else {**tree, "text": TEXT}
     WRITERS[layout](tmp_path / "c", wanted)
-    assert_same(open_foreign(FolderStore(tmp_path / "c")), wanted)
+    assert_same(open_foreign(open_store(tmp_path / "c")), wanted)
 
 
 @pytest.mark.parametrize("kind", ["v0 ocdbt compression", "v0 plain zarr2", "v1 zarr3 ocdbt compression", "v1 zarr3"])
 def test_boxes_are_read_from_many_threads(tmp_path: Path, tree: Any, kind: str) -> None:
     WRITERS[kind](tmp_path / "c", tree)
-    found = open_foreign(FolderStore(tmp_path / "c"))
+    found = open_foreign(open_store(tmp_path / "c"))
     wanted = {leaf.name: host(leaf.value) for leaf in flatten(tree)[0]}
     jobs = []
     for leaf in found.leaves:
@@ -145,7 +146,7 @@ def test_boxes_are_read_from_many_threads(tmp_path: Path, tree: Any, kind: str) 
 
 def test_leaves_tell_their_kind_and_how_they_were_placed(tmp_path: Path, tree: Any) -> None:
     save_v0(tmp_path / "c", {**tree, "text": "t"})
-    leaves = {leaf.name: leaf for leaf in open_foreign(FolderStore(tmp_path / "c")).leaves}
+    leaves = {leaf.name: leaf for leaf in open_foreign(open_store(tmp_path / "c")).leaves}
     kinds = ("sharded", "numpy", "int", "float", "flag", "text", "key")
     assert [leaves[name].kind for name in kinds] == [
         "array", "numpy", "scalar", "scalar", "scalar", "string", "prng_key"
@@ -168,7 +169,7 @@ def test_only_the_chunks_of_a_box_are_read(tmp_path: Path) -> None:
         path = tmp_path / name.replace(" ", "_")
         WRITERS[name](path, state)
         before = bytes_read()
-        found = open_foreign(FolderStore(path))
+        found = open_foreign(open_store(path))
         leaf = next(leaf for leaf in found.leaves if leaf.name == "w")
         assert found.chunk_shape(leaf) == (1, 32768), name
         assert bytes_read() - before < 50_000, name
@@ -188,14 +189,14 @@ def test_step_folders_and_items_are_found(tmp_path: Path) -> None:
         )
         manager.save(5, args=composite, custom_metadata={"of": "step"}, metrics=None)
     for path in ("single/5", "single/5/default", "items/5", "items/5/state"):
-        assert_same(open_foreign(FolderStore(tmp_path / path)), state, path)
-    assert open_foreign(FolderStore(tmp_path / "items/5")).custom_metadata == {"of": "tree"}
-    assert open_foreign(FolderStore(tmp_path / "items/5")).step_metadata["custom_metadata"] == {"of": "step"}
-    meta = open_foreign(FolderStore(tmp_path / "items/5/meta"))
+        assert_same(open_foreign(open_store(tmp_path / path)), state, path)
+    assert open_foreign(open_store(tmp_path / "items/5")).custom_metadata == {"of": "tree"}
+    assert open_foreign(open_store(tmp_path / "items/5")).step_metadata["custom_metadata"] == {"of": "step"}
+    meta = open_foreign(open_store(tmp_path / "items/5/meta"))
     assert build(meta.structure, lambda i: meta.leaves[i].value) == {"x": [1, 2.5], "s": "t", "n": None}
     assert meta.read(meta.leaves[0], whole(())).dtype == np.int64
     with pytest.raises(NotFoundError, match="Open one of 5"):
-        open_foreign(FolderStore(tmp_path / "items"))
+        open_foreign(open_store(tmp_path / "items"))
 
 
 def test_several_trees_in_one_step_are_listed(tmp_path: Path) -> None:
@@ -203,8 +204,8 @@ def test_several_trees_in_one_step_are_listed(tmp_path: Path) -> None:
         save = ocp.args.StandardSave
         manager.save(1, args=ocp.args.Composite(params=save({"a": jnp.ones(1)}), ema=save({"a": jnp.zeros(1)})))
     with pytest.raises(InvalidArgumentError, match=r'2 trees, the items "ema", "params": open one .*/1/ema'):
-        open_foreign(FolderStore(tmp_path / "run/1"))
-    found = open_foreign(FolderStore(tmp_path / "run/1/ema"))
+        open_foreign(open_store(tmp_path / "run/1"))
+    found = open_foreign(open_store(tmp_path / "run/1/ema"))
     assert found.read(found.leaves[0], whole((1,))) == [0]
 
 
@@ -212,7 +213,7 @@ def test_a_single_array_is_a_tree(tmp_path: Path) -> None:
     for name in ("v0 ocdbt compression", "v0 zarr3 ocdbt", "v1 zarr3 ocdbt compression"):
         path = tmp_path / name.replace(" ", "_")
         WRITERS[name](path, jnp.arange(3.0))
-        assert_same(open_foreign(FolderStore(path)), jnp.arange(3.0), name)
+        assert_same(open_foreign(open_store(path)), jnp.arange(3.0), name)
 
 
 @pytest.mark.parametrize("kind", ["v0 ocdbt compression", "v0 zarr3 compression", "v0 plain zarr2"])
@@ -221,41 +222,41 @@ def test_arrays_are_found_when_the_metadata_is_lost(tmp_path: Path, kind: str) -
     WRITERS[kind](tmp_path / "c", state)
     (tmp_path / "c/_METADATA").unlink()
     (tmp_path / "c/_CHECKPOINT_METADATA").unlink()
-    assert_same(open_foreign(FolderStore(tmp_path / "c")), state, kind)
+    assert_same(open_foreign(open_store(tmp_path / "c")), state, kind)
 
 
 def test_the_commit_marker_is_not_needed_but_a_temporary_folder_is_refused(tmp_path: Path) -> None:
     save_v0(tmp_path / "c", {"a": jnp.ones(1)})
     (tmp_path / "c/commit_success.txt").unlink()
-    assert len(open_foreign(FolderStore(tmp_path / "c")).leaves) == 1
+    assert len(open_foreign(open_store(tmp_path / "c")).leaves) == 1
     (tmp_path / "c").rename(tmp_path / "c.orbax-checkpoint-tmp")
     with pytest.raises(NotCommittedError, match="temporary folder of Orbax"):
-        open_foreign(FolderStore(tmp_path / "c.orbax-checkpoint-tmp"))
+        open_foreign(open_store(tmp_path / "c.orbax-checkpoint-tmp"))
     (tmp_path / "step").mkdir()
     (tmp_path / "c.orbax-checkpoint-tmp").rename(tmp_path / "step/default.orbax-checkpoint-tmp")
     with pytest.raises(NotCommittedError, match=r"default\.orbax-checkpoint-tmp"):
-        open_foreign(FolderStore(tmp_path / "step"))
+        open_foreign(open_store(tmp_path / "step"))
 
 
 def test_databases_that_were_never_joined_are_not_committed(tmp_path: Path) -> None:
     save_v0(tmp_path / "c", {"a": jnp.ones(1)})
     (tmp_path / "c/manifest.ocdbt").unlink()
     with pytest.raises(NotCommittedError, match=r"no manifest\.ocdbt joins"):
-        open_foreign(FolderStore(tmp_path / "c"))
+        open_foreign(open_store(tmp_path / "c"))
     (tmp_path / "c/_METADATA").unlink()
     with pytest.raises(NotCommittedError, match=r"ocdbt\.process_0"):
-        open_foreign(FolderStore(tmp_path / "c"))
+        open_foreign(open_store(tmp_path / "c"))
 
 
 def test_folders_that_are_no_checkpoint_say_what_was_found(tmp_path: Path) -> None:
     with pytest.raises(NotFoundError, match="looked for jaxckpt.json, _METADATA and manifest.ocdbt .* found nothing"):
-        open_foreign(FolderStore(tmp_path))
+        open_foreign(open_store(tmp_path))
     (tmp_path / "notes.txt").write_text("x")
     with pytest.raises(NotFoundError, match="found notes.txt"):
-        open_foreign(FolderStore(tmp_path))
+        open_foreign(open_store(tmp_path))
     (tmp_path / "checkpoint").write_bytes(b"\x80")
     with pytest.raises(UnsupportedFormatError, match="msgpack"):
-        open_foreign(FolderStore(tmp_path))
+        open_foreign(open_store(tmp_path))
 
 
 def test_damage_is_named(tmp_path: Path) -> None:
@@ -263,22 +264,22 @@ def test_damage_is_named(tmp_path: Path) -> None:
     save_v0(tmp_path / "c", state, use_ocdbt=False)
     shutil.copytree(tmp_path / "c", tmp_path / "missing_chunk")
     (tmp_path / "missing_chunk/layer.w/0.0").unlink()
-    found = open_foreign(FolderStore(tmp_path / "missing_chunk"))
+    found = open_foreign(open_store(tmp_path / "missing_chunk"))
     leaf = next(leaf for leaf in found.leaves if leaf.name == "layer.w")
     with pytest.raises(CorruptionError, match=r'"layer\.w" of .*missing_chunk'):
         found.read(leaf, whole(leaf.shape))
     shutil.copytree(tmp_path / "c", tmp_path / "missing_array")
     shutil.rmtree(tmp_path / "missing_array/layer.w")
     with pytest.raises(CorruptionError, match=r"names 2 arrays, and 1 of them are not there: layer\.w"):
-        open_foreign(FolderStore(tmp_path / "missing_array"))
+        open_foreign(open_store(tmp_path / "missing_array"))
     (tmp_path / "c/_METADATA").write_text('{"tree_metadata": [')
     with pytest.raises(CorruptionError, match="_METADATA: not JSON"):
-        open_foreign(FolderStore(tmp_path / "c"))
+        open_foreign(open_store(tmp_path / "c"))
 
 
 def test_boxes_outside_and_reads_of_strings_are_refused(tmp_path: Path) -> None:
     save_v0(tmp_path / "c", {"a": jnp.ones((2, 3)), "s": "text"})
-    found = open_foreign(FolderStore(tmp_path / "c"))
+    found = open_foreign(open_store(tmp_path / "c"))
     array, text = found.leaves
     for box in (Box((0, 0), (2, 4)), Box((0,), (2,))):
         with pytest.raises(InvalidArgumentError, match=r"has shape \(2, 3\)"):
@@ -300,7 +301,7 @@ def test_thousands_of_leaves_are_opened_at_once(tmp_path: Path) -> None:
     ]
     (tmp_path / "_METADATA").write_bytes(om.encode_tree_metadata(entries))
     start = time.perf_counter()
-    found = open_foreign(FolderStore(tmp_path))
+    found = open_foreign(open_store(tmp_path))
     elapsed_s = time.perf_counter() - start
     assert [leaf.name for leaf in found.leaves] == names
     # Measured: 0.2 s. One open per array would need some 4 s.
@@ -347,31 +348,3 @@ def host(value: Any) -> np.ndarray:
 def bytes_read() -> int:
     metrics = ts.experimental_collect_matching_metrics("/tensorstore/kvstore/file/bytes_read")
     return sum(value["value"] for metric in metrics for value in metric["values"])
-
-
-class FolderStore:
-    """A local folder, with what `open_foreign` asks of a store."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.url = str(path)
-
-    def read(self, name: str) -> bytes:
-        if not (self.path / name).is_file():
-            raise NotFoundError(f"{self.url}/{name}")
-        return (self.path / name).read_bytes()
-
-    def size(self, name: str) -> int:
-        return len(self.read(name))
-
-    def list(self, prefix: str) -> dict[str, int]:
-        return {p.name: p.stat().st_size for p in self.path.iterdir() if p.is_file() and p.name.startswith(prefix)}
-
-    def list_dirs(self) -> list[str]:
-        return [p.name for p in self.path.iterdir() if p.is_dir()]
-
-    def child(self, name: str) -> FolderStore:
-        return FolderStore(self.path / name)
-
-    def kvstore_spec(self) -> dict[str, Any]:
-        return {"driver": "file", "path": f"{self.path}/"}
