@@ -1,6 +1,5 @@
 """Look at a checkpoint without reading its arrays: leaves, sizes, mesh, lineage; and compare two."""
 
-import os
 import time
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +12,7 @@ from jaxckpt.checkpoint.source import OwnSource, Source, open_source
 from jaxckpt.core.dtypes import dtype_of
 from jaxckpt.core.tree import path_name, walk
 from jaxckpt.format.sidecar import LeafEntry
-from jaxckpt.storage.url import StorageOptions, open_store
+from jaxckpt.storage.url import Location, StorageOptions, open_store
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +54,7 @@ class CheckpointInfo:
         return _render(self)
 
 
-def inspect(path: str | os.PathLike[str], *, options: StorageOptions | None = None) -> CheckpointInfo:
+def inspect(path: Location, *, options: StorageOptions | None = None) -> CheckpointInfo:
     """Read what a checkpoint says of itself; no array is read.
 
     Raises:
@@ -102,7 +101,7 @@ class Diff:
         return "\n".join([*lines, *(f"~ {line}" for line in self.differing)]) or "the checkpoints hold the same values"
 
 
-def diff(a: str | os.PathLike[str], b: str | os.PathLike[str], *, options: StorageOptions | None = None) -> Diff:
+def diff(a: Location, b: Location, *, options: StorageOptions | None = None) -> Diff:
     """Compare two checkpoints leaf by leaf: names, kinds, shapes, dtypes and values (on the host, one leaf at a time).
 
     Example:

@@ -1,7 +1,6 @@
 """Restore a checkpoint: onto any mesh and number of processes, into numpy, whole or in part."""
 
 import math
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,7 +18,7 @@ from jaxckpt.core.dtypes import dtype_of
 from jaxckpt.core.errors import InvalidArgumentError, MismatchError
 from jaxckpt.core.events import Restored, emit
 from jaxckpt.core.tree import NONE, build, children_of, flatten, path_name, rebuild
-from jaxckpt.storage.url import StorageOptions, open_store
+from jaxckpt.storage.url import Location, StorageOptions, location_text, open_store
 from jaxckpt.transfer.upload import Destination, Target, device_destination, host_destination
 
 STAGING_BYTES = 32 * 1024 * 1024  # of a batch: two of them are the host memory beyond the restored arrays
@@ -27,7 +26,7 @@ Chooser = Callable[[str, jax.ShapeDtypeStruct], Sharding | None]
 
 
 def restore(
-    path: str | os.PathLike[str],
+    path: Location,
     like: Any = None,
     *,
     only: Only = None,
@@ -77,7 +76,7 @@ def restore(
             return _plan_like(source, like, only, partial=partial, cast=cast, pad=pad)
         return _plan_as_saved(source, like, only)
 
-    found = _plan_together(os.fspath(path), plan) if _is_tree(like) and _is_global(like) else plan()
+    found = _plan_together(location_text(path), plan) if _is_tree(like) and _is_global(like) else plan()
     source = found.source
     values, read_bytes = _fetch(source, found.wants)
     result = found.assemble(values)

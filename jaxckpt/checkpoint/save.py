@@ -5,7 +5,6 @@ among their holders and reading back with any sharding are ByteCheckpoint's (NSD
 commit without collectives is torchsnapshot's idea of a store-based barrier that carries errors.
 """
 
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -28,7 +27,7 @@ from jaxckpt.format.orbax_metadata import COMMIT_MARKER
 from jaxckpt.format.sidecar import FILE_NAME
 from jaxckpt.plan.save import SavePlan, plan_save
 from jaxckpt.storage.store import AbstractDataWriter, AbstractStore
-from jaxckpt.storage.url import StorageOptions, open_store
+from jaxckpt.storage.url import Location, StorageOptions, location_text, open_store
 from jaxckpt.transfer.capture import Piece, capture
 from jaxckpt.transfer.write import Written, write_chunks
 
@@ -36,7 +35,7 @@ TIMEOUT_S = 600.0
 
 
 def save(
-    path: str | os.PathLike[str],
+    path: Location,
     tree: Any,
     *,
     overwrite: bool = False,
@@ -76,7 +75,7 @@ def save(
 
 
 def save_async(
-    path: str | os.PathLike[str],
+    path: Location,
     tree: Any,
     *,
     overwrite: bool = False,
@@ -98,11 +97,11 @@ def save_async(
         'durable'
     """
     work = begin(path, tree, overwrite, step, metadata, parents, compression, options, timeout_s, frozen=True)
-    return PendingSave(os.fspath(path), work)
+    return PendingSave(location_text(path), work)
 
 
 def begin(
-    path: str | os.PathLike[str],
+    path: Location,
     tree: Any,
     overwrite: bool,
     step: int | None,
@@ -117,7 +116,7 @@ def begin(
     """Capture a tree, and return the rest of the save as a function to call in any thread."""
     start_ns = time.time_ns()
     coordinator = current_coordinator()
-    session = Session(coordinator, session_name(os.fspath(path))) if coordinator.size > 1 else None
+    session = Session(coordinator, session_name(location_text(path))) if coordinator.size > 1 else None
     try:
         if session is not None:
             session.enter("capture")

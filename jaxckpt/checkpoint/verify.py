@@ -1,6 +1,5 @@
 """Verify a checkpoint: read every stored byte, without a device, and report leaf by leaf."""
 
-import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -15,7 +14,7 @@ from jaxckpt.format.ocdbt_reader import decode_database
 from jaxckpt.format.sidecar import manifest_checksum
 from jaxckpt.format.zarr3 import array_metadata, chunk_keys, metadata_key
 from jaxckpt.storage.store import AbstractStore
-from jaxckpt.storage.url import StorageOptions, open_store
+from jaxckpt.storage.url import Location, StorageOptions, open_store
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,7 +42,7 @@ class VerifyReport:
         return f"{self.url}: {len(self.problems)} problems, {len(self.leaves)} leaves are whole\n{shown}"
 
 
-def verify(path: str | os.PathLike[str], *, options: StorageOptions | None = None) -> VerifyReport:
+def verify(path: Location, *, options: StorageOptions | None = None) -> VerifyReport:
     """Read all of a checkpoint and compare every chunk with its checksum, and the database with the chunk table.
 
     Damage is reported, not raised: a bad, truncated, missing, swapped or foreign chunk is named with its leaf and file.

@@ -16,6 +16,9 @@ _GCS_URL = "TENSORSTORE_GCS_HTTP_URL"
 SCHEMES = ("file://", "gs://", "s3://", "memory://")
 
 
+Location = str | os.PathLike[str] | AbstractStore  # a store: for authors of stores, and tests
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StorageOptions:
     """Where and as whom to reach an object store. What is not given comes from the usual environment variables.
@@ -36,13 +39,15 @@ class StorageOptions:
     anonymous: bool = False
 
 
-def open_store(path: str | os.PathLike[str], options: StorageOptions | None = None) -> AbstractStore:
-    """The store of a path or URL. Nothing is created or contacted yet.
+def open_store(path: Location, options: StorageOptions | None = None) -> AbstractStore:
+    """The store of a path or URL, or a store as it is. Nothing is created or contacted yet.
 
     Example:
         >>> open_store("/tmp/run/5").url
         'file:///tmp/run/5/'
     """
+    if isinstance(path, AbstractStore):
+        return path
     text = os.fspath(path)
     if not isinstance(text, str) or not text:
         raise InvalidArgumentError(f"A checkpoint path is a non-empty string or os.PathLike, not {path!r}.")
@@ -70,6 +75,11 @@ def open_store(path: str | os.PathLike[str], options: StorageOptions | None = No
     raise InvalidArgumentError(
         f"{text!r} has an unknown scheme {scheme!r}; known are {', '.join(SCHEMES)} and plain paths."
     )
+
+
+def location_text(path: Location) -> str:
+    """A location as it is named in messages and among processes."""
+    return path.url if isinstance(path, AbstractStore) else os.fspath(path)
 
 
 def _folder(path: str) -> str:
