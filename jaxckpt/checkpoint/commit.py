@@ -100,7 +100,9 @@ def commit(
     database = encode_database_columns(
         _database(described, entries, files, table), nodes_file=nodes_file, uuid=uuid4().bytes, commit_time_ns=now_ns
     )
-    old_manifest = (store.read(MANIFEST),) if before.committed and MANIFEST in before.names else ()
+    supersedes: tuple[int, ...] = ()
+    if before.committed:
+        supersedes = (sc.manifest_checksum(store.read(MANIFEST)) if MANIFEST in before.names else sc.NO_MANIFEST,)
     sidecar = sc.encode_sidecar(
         sc.Sidecar(
             structure=described.structure,
@@ -109,7 +111,7 @@ def commit(
             files=files,
             table=table,
             manifest_crc32c=sc.manifest_checksum(database.manifest),
-            supersedes=tuple([sc.manifest_checksum(data) for data in old_manifest]),
+            supersedes=supersedes,
             time_ns=now_ns,
             **lineage,
         )
@@ -133,7 +135,8 @@ def commit(
 def sweep(store: AbstractStore, before: Before, keep: set[str]) -> None:
     """Remove what an older or unfinished checkpoint left here; files of other people stay."""
     folders = {name.rsplit("/", 1)[0] + "/" for name in before.names if name.endswith(("/.zarray", "/zarr.json"))}
-    for name in before.names:
+    # Array metadata last: it is what tells the files of an old array from other people's, after a crash in here too.
+    for name in sorted(before.names, key=lambda name: name.endswith(("/.zarray", "/zarr.json"))):
         if name not in keep and (is_ours(name) or name.startswith(tuple(folders))):
             store.delete(name)
 

@@ -17,6 +17,7 @@ from jaxckpt.core.tree import NONE, Node
 
 FILE_NAME = "jaxckpt.json"
 FORMAT_VERSION = 1
+NO_MANIFEST = -2  # in ``supersedes``: the checkpoint before had none
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
