@@ -79,6 +79,7 @@ def test_no_flipped_bit_of_array_data_loads_silently_without_the_sidecar(checkpo
 # In a process of its own: what Orbax leaves running after an error warns much later.
 _ORBAX_READS = """
 import sys
+import orbax.checkpoint as ocp
 tree = ocp.PyTreeCheckpointer().restore(sys.argv[1])
 print("restored", float(tree["sharded"].sum()))
 """
