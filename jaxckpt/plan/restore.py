@@ -30,13 +30,6 @@ class Sharing:
     needs: np.ndarray
     groups: Groups
 
-    def readers(self, turn: int) -> np.ndarray:
-        """int64 [chunks]: the process that reads each chunk (-1: nobody needs it). ``turn`` spreads single chunks."""
-        counts = self.needs.sum(axis=1)
-        pick = (np.arange(len(self.needs)) + turn) % np.maximum(counts, 1)
-        reader = (np.cumsum(self.needs, axis=1) > pick[:, None]).argmax(axis=1)
-        return np.where(counts > 0, reader, -1)
-
 
 @lru_cache(maxsize=4096)
 def sharing(
