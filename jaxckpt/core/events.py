@@ -1,7 +1,24 @@
-"""Events: what stages tell to whoever listens. Only subscribers log, count or draw."""
+"""Events: what stages tell to whoever listens. Only subscribers log, count or draw.
 
+Sizes are in bytes, times in seconds. ``step`` is None where what happened belongs to no step of a run: a checkpoint
+saved by path, or one whose saver gave no lineage.
+"""
+
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Captured:
+    """This process's part of a save is safe from training; ``seconds`` is what the caller was blocked for."""
+
+    path: str
+    process: int
+    step: int | None = None
+    size_bytes: int
+    seconds: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -10,6 +27,7 @@ class Flushed:
 
     path: str
     process: int
+    step: int | None = None
     size_bytes: int
     seconds: float
 
@@ -19,9 +37,9 @@ class Committed:
     """A checkpoint exists; ``seconds`` since the save began, ``size_bytes`` over all processes."""
 
     path: str
+    step: int | None
     size_bytes: int
     seconds: float
-    step: int | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,22 +48,127 @@ class Restored:
 
     path: str
     process: int
+    step: int | None = None
     read_bytes: int
     seconds: float
 
 
-Event = Flushed | Committed | Restored
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageEnded:
+    """One stage of an operation ended on this process: ``plan``, ``capture``, ``write``, ``sync``, ``commit`` ..."""
 
-_subscribers: list[Callable[[Event], None]] = []
+    stage: str
+    path: str
+    process: int
+    step: int | None = None
+    size_bytes: int = 0
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """This process has moved ``done_bytes`` of the ``total_bytes`` of a part of an operation.
+
+    A part is all that a process writes in a save, or one batch of a restore. Emitted only while somebody listens.
+    """
+
+    operation: Literal["save", "restore"]
+    path: str
+    process: int
+    step: int | None = None
+    done_bytes: int
+    total_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SaveSkipped:
+    """A save that was due was not begun, and why: an earlier one still runs, the step exists already."""
+
+    path: str
+    step: int | None
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SaveFailed:
+    """A save failed on this process, in ``stage``: the checkpoint does not exist."""
+
+    path: str
+    process: int
+    step: int | None
+    stage: str
+    error: BaseException
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepDeleted:
+    """A step was removed: its retention ended, or the caller asked for it."""
+
+    path: str
+    step: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Swept:
+    """What dead runs left under ``path`` was removed: half-written and half-deleted steps, by ``names``."""
+
+    path: str
+    names: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Preempted:
+    """The job is to end: all processes save ``step`` and exit. ``reason`` names the signal or service."""
+
+    step: int
+    reason: str
+
+
+Event = (
+    Captured
+    | Flushed
+    | Committed
+    | Restored
+    | StageEnded
+    | Progress
+    | SaveSkipped
+    | SaveFailed
+    | StepDeleted
+    | Swept
+    | Preempted
+)
+
+_subscribers: tuple[Callable[[Event], None], ...] = ()
 
 
 def subscribe(listener: Callable[[Event], None]) -> Callable[[], None]:
-    """Call ``listener`` with every event from now on; returns a function that ends it."""
-    _subscribers.append(listener)
-    return lambda: _subscribers.remove(listener)
+    """Call ``listener`` with every event from now on; returns a function that ends it, which may be called twice.
+
+    Events come from the thread in which they happen, several at a time: a listener must be quick and safe to call from
+    any thread. What it raises becomes a RuntimeWarning: a broken display must not cost a checkpoint.
+    """
+
+    def tell(event: Event) -> None:
+        try:
+            listener(event)
+        except Exception as error:
+            warnings.warn(f"{listener!r} failed on {event!r}: {error!r}", RuntimeWarning, stacklevel=3)
+
+    _replace((*_subscribers, tell))
+    return lambda: _replace(tuple(one for one in _subscribers if one is not tell))
+
+
+def is_heard() -> bool:
+    """Whether anybody listens: what tells of every batch asks first."""
+    return bool(_subscribers)
 
 
 def emit(event: Event) -> None:
     """Tell all subscribers."""
-    for listener in tuple(_subscribers):
-        listener(event)
+    for tell in _subscribers:
+        tell(event)
+
+
+def _replace(subscribers: tuple[Callable[[Event], None], ...]) -> None:
+    global _subscribers  # replaced whole and never changed, so that emit() needs no lock
+    _subscribers = subscribers
