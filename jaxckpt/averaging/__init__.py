@@ -1,0 +1,1 @@
+"""Better models from checkpoints: weighted averages, soups, EMA; streamed, sharded, rounded once."""

@@ -1,0 +1,198 @@
+"""Weighted sums of arrays that are right to the last bit: wide accumulators in registers, one rounding at the end.
+
+A plain float32 sum of K weighted terms is wrong by many units in the last place where weights are negative and terms
+cancel. Two accumulators are offered: ``float64``, converted to and from inside the fused loop, so that memory traffic
+stays that of the stored arrays; and ``float32`` pairs (about 47 bits) for hardware without float64. The pairs are
+Dekker's and Knuth's error-free sums (Dekker 1971, "A floating-point technique for extending the available precision";
+Knuth, TAOCP 2, 4.2.2, theorem B) over products that are exact because both factors are cut to 12 bits: contracting a
+product and a sum into one fused multiply-add, as XLA does, changes nothing then.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxckpt.core.errors import InvalidArgumentError
+
+Accumulate = Literal["auto", "float32", "float64"]
+Accumulator = Any  # float64 array, or a pair of float32 arrays
+UNROLLED = 32  # terms written out in one loop body; more run in blocks
+
+
+def resolve(accumulate: Accumulate) -> str:
+    """``"float64"`` or ``"float32"``; ``"auto"`` is float64, but on TPUs, which only emulate it, float32 pairs."""
+    if accumulate == "auto":
+        return "float32" if jax.default_backend() == "tpu" else "float64"
+    if accumulate not in ("float32", "float64"):
+        raise InvalidArgumentError(f'accumulate is {accumulate!r}; it is "auto", "float32" or "float64".')
+    return accumulate
+
+
+def split_weights(weights: Any) -> Any:
+    """float64 weights [...] as three float32 parts [3, ...] whose sum they are: JAX without x64 has no float64.
+
+    Traced and JAX weights are float32 (or narrower) already: they are the first part.
+    """
+    if isinstance(weights, jax.Array):
+        first = weights.astype(jnp.float32)
+        rest = jnp.zeros_like(first)
+        if weights.dtype == jnp.float64:
+            with jax.enable_x64(True):
+                rest = (weights - first.astype(jnp.float64)).astype(jnp.float32)
+        return jnp.stack([first, rest, jnp.zeros_like(first)])
+    wide = np.asarray(weights, np.float64)
+    parts = []
+    for _ in range(3):
+        parts.append(wide.astype(np.float32))
+        wide = wide - parts[-1].astype(np.float64)
+    return np.stack(parts)
+
+
+def add_terms(
+    accumulators: Sequence[Accumulator] | None, terms: Sequence[jax.Array], parts: Any, *, how: str
+) -> list[Accumulator]:
+    """``accumulators[p] + sum_k weights[p, k] * terms[k]``, for every p, in one fused loop over the elements.
+
+    Args:
+        accumulators: of P sums so far, or None for a start.
+        terms: K arrays of one shape: floating, integer or boolean.
+        parts: the weights as ``split_weights`` gives them, float32 [3, P, K].
+        how: "float64" or "float32" (pairs).
+    """
+    sums = list(accumulators) if accumulators is not None else [None] * parts.shape[1]
+    if how == "float64":
+        with jax.enable_x64(True):
+            weights = sum_parts(parts)
+            wide = [term.astype(jnp.float64) for term in terms]
+            for p in range(len(sums)):
+                for k, term in enumerate(wide):
+                    product = term * weights[p, k]
+                    sums[p] = product if sums[p] is None else sums[p] + product
+        return sums
+    narrow = [term.astype(jnp.float32) for term in terms]
+    cut = [_cut(term) for term in narrow]
+    for p in range(len(sums)):
+        for k, term in enumerate(cut):
+            sums[p] = _add_pair(sums[p], term, parts[:, p, k])
+    return sums
+
+
+def finish(accumulator: Accumulator, dtype: Any) -> jax.Array:
+    """The sum, rounded once to this dtype (integers: to the nearest)."""
+    with jax.enable_x64(True):
+        total = accumulator[0] + accumulator[1] if isinstance(accumulator, tuple) else accumulator
+        if not jnp.issubdtype(dtype, jnp.inexact):
+            total = jnp.rint(total)
+        if total.dtype == jnp.float64 and jnp.finfo(dtype).bits < 32 if jnp.issubdtype(dtype, jnp.floating) else False:
+            total = total.astype(jnp.float32)
+        return total.astype(dtype)
+
+
+def sum_parts(parts: Any) -> jax.Array:
+    """The float64 weights again; call it with x64 enabled."""
+    first, second, third = (parts[i].astype(jnp.float64) for i in range(3))
+    return first + (second + third)
+
+
+def weighted_sums(stack: jax.Array, parts: Any, *, how: str, dtype: Any) -> list[jax.Array]:
+    """For every p the sum over k of ``weights[p, k] * stack[k]``, rounded once to ``dtype``.
+
+    ``stack`` is [K, ...] of any real dtype, ``parts`` float32 [3, P, K].
+    """
+    count = stack.shape[0]
+    if _is_paired(stack, dtype, how):
+        return _paired_bfloat16(stack, parts)
+    if count <= UNROLLED:
+        sums = add_terms(None, [stack[k] for k in range(count)], parts, how=how)
+        return [finish(total, dtype) for total in sums]
+    block = UNROLLED // 2
+    first = count - count // block * block or block
+    sums = add_terms(None, [stack[k] for k in range(first)], parts[:, :, :first], how=how)
+
+    def more(i: Any, sums: list[Accumulator]) -> list[Accumulator]:
+        start = first + i * block
+        terms = lax.dynamic_slice_in_dim(stack, start, block)
+        factors = lax.dynamic_slice_in_dim(jnp.asarray(parts), start, block, axis=2)
+        return add_terms(sums, [terms[k] for k in range(block)], factors, how=how)
+
+    sums = lax.fori_loop(0, (count - first) // block, more, sums)
+    return [finish(total, dtype) for total in sums]
+
+
+def add_words(accumulators: list[Any] | None, words: Sequence[jax.Array], parts: Any) -> list[tuple[Any, Any]]:
+    """``add_terms`` for bfloat16 that comes two to a uint32 word: sums of the even and of the odd elements, in float64.
+
+    XLA on CPU widens bfloat16 element by element; words are widened by one shift and one mask, many at a time.
+    """
+    low = [lax.bitcast_convert_type(word << np.uint32(16), jnp.float32) for word in words]
+    high = [lax.bitcast_convert_type(word & np.uint32(0xFFFF0000), jnp.float32) for word in words]
+    before = accumulators or [(None, None)] * parts.shape[1]
+    even = add_terms(None if accumulators is None else [pair[0] for pair in before], low, parts, how="float64")
+    odd = add_terms(None if accumulators is None else [pair[1] for pair in before], high, parts, how="float64")
+    return list(zip(even, odd, strict=True))
+
+
+def finish_words(pair: tuple[Any, Any]) -> jax.Array:
+    """The sums of ``add_words``, rounded to nearest even, as words again."""
+    even, odd = (_rounded_bits(finish(half, jnp.float32)) for half in pair)
+    return (odd << np.uint32(16)) | even
+
+
+def _is_paired(stack: jax.Array, dtype: Any, how: str) -> bool:
+    even = stack.ndim > 1 and stack.shape[-1] % 2 == 0 and stack.shape[0] <= UNROLLED
+    return even and stack.dtype == jnp.bfloat16 == dtype and how == "float64" and jax.default_backend() == "cpu"
+
+
+def _paired_bfloat16(stack: jax.Array, parts: Any) -> list[jax.Array]:
+    words = lax.bitcast_convert_type(stack.reshape(*stack.shape[:-1], stack.shape[-1] // 2, 2), jnp.uint32)
+    sums = add_words(None, [words[k] for k in range(stack.shape[0])], parts)
+    halves = [lax.bitcast_convert_type(finish_words(pair), jnp.bfloat16) for pair in sums]
+    return [half.reshape(stack.shape[1:]) for half in halves]
+
+
+def _rounded_bits(value: jax.Array) -> jax.Array:
+    bits = lax.bitcast_convert_type(value, jnp.uint32)
+    rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+    is_nan = (bits & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
+    return jnp.where(is_nan, (bits >> np.uint32(16)) | np.uint32(0x40), rounded)
+
+
+def _top(value: jax.Array) -> jax.Array:
+    """A float32 cut to its upper 12 bits of significand, by its bits: no rounding mode can change that."""
+    bits = lax.bitcast_convert_type(value, jnp.uint32)
+    return lax.bitcast_convert_type(bits & np.uint32(0xFFFFF000), jnp.float32)
+
+
+def _cut(term: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """(upper bits, lower bits, all of it, upper bits) where infinite terms keep the last part alone."""
+    finite, top = jnp.isfinite(term), _top(term)
+    zero = jnp.zeros_like(term)
+    return jnp.where(finite, top, zero), jnp.where(finite, term - top, zero), jnp.where(finite, term, zero), top
+
+
+def _add_pair(
+    pair: Any, term: tuple[jax.Array, jax.Array, jax.Array, jax.Array], weight: Any
+) -> tuple[jax.Array, jax.Array]:
+    high, low, whole, leading = term
+    first = jnp.asarray(weight[0])
+    top = _top(first)
+    rest = first - top
+    lead = leading * top
+    total, error = (lead, jnp.zeros_like(lead)) if pair is None else _two_sum(pair[0], lead)
+    correction = error if pair is None else pair[1] + error
+    for product in (low * top, high * rest):
+        total, error = _two_sum(total, product)
+        correction = correction + error
+    # Past infinity the errors are NaN, and nothing is left to correct.
+    correction = correction + (low * rest + whole * weight[1])
+    return total, jnp.where(jnp.isfinite(total), correction, jnp.zeros_like(correction))
+
+
+def _two_sum(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
+    total = a + b
+    back = total - a
+    return total, (a - (total - back)) + (b - back)

@@ -1,0 +1,119 @@
+"""Weighted sums in memory: against a float64 oracle, and under JAX's transformations."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jaxckpt as jc
+from jaxckpt.averaging.combine import barrier, combine, interpolate
+from tests.averaging.oracle import random_stack, ulps, weighted
+
+WEIGHTS = {
+    "uniform": lambda k: np.full(k, 1 / k),
+    "signed": lambda k: np.random.default_rng(k).standard_normal(k),
+    "large and cancelling": lambda k: np.resize([6.3, -5.9], k) + np.arange(k) / 100,
+}
+
+
+@pytest.mark.parametrize("accumulate", ["float64", "float32"])
+@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16, np.float16, ml_dtypes.float8_e4m3fn])
+@pytest.mark.parametrize("k", [1, 2, 20, 40])
+def test_sums_are_within_one_ulp_of_the_rounded_oracle(k: int, dtype: type, weights: str, accumulate: str) -> None:
+    stack, w = random_stack(k, (33, 64), dtype), WEIGHTS[weights](k)
+    found = combine({"x": jnp.asarray(stack)}, w, accumulate=accumulate)["x"]
+    assert found.dtype == dtype
+    assert ulps(found, weighted(stack, w)) <= 1
+
+
+def test_complex_leaves_are_combined() -> None:
+    stack = random_stack(5, (7, 3), np.float32) + 1j * random_stack(5, (7, 3), np.float32, seed=1)
+    w = WEIGHTS["signed"](5)
+    found = np.asarray(combine(jnp.asarray(stack.astype(np.complex64)), w))
+    assert found.dtype == np.complex64
+    assert ulps(found.real, weighted(stack.real, w)) <= 1
+    assert ulps(found.imag, weighted(stack.imag, w)) <= 1
+
+
+def test_p_trees_are_those_of_p_calls() -> None:
+    stack = {"x": jnp.asarray(random_stack(6, (5, 8), np.float32)), "n": jnp.arange(6)}
+    w = np.random.default_rng(0).standard_normal((4, 6))
+    together = combine(stack, w)
+    for p in range(4):
+        assert together["x"][p].tobytes() == combine(stack, w[p])["x"].tobytes()
+    assert together["n"].tolist() == [5] * 4
+
+
+def test_one_tree_with_weight_one_comes_back_to_the_bit() -> None:
+    x = np.array([[0.0, -0.0, np.inf, -np.inf, np.nan, 1e-30, 3e38]], np.float32)
+    for accumulate in ("float64", "float32"):
+        found = np.asarray(combine(jnp.asarray(x), [1.0], accumulate=accumulate))
+        assert ((found == x[0]) | (np.isnan(found) & np.isnan(x[0]))).all()
+    assert np.asarray(combine(jnp.asarray(x), [1.0])).tobytes() == x[0].tobytes()
+
+
+def test_integers_booleans_and_keys_are_the_last() -> None:
+    stacked = {
+        "step": jnp.array([1, 2, 3]),
+        "on": jnp.array([True, True, False]),
+        "key": jax.random.split(jax.random.key(0), 3),
+    }
+    found = combine(stacked, [1, 1, 1])
+    assert found["step"] == 3
+    assert not found["on"]
+    assert (jax.random.key_data(found["key"]) == jax.random.key_data(stacked["key"][-1])).all()
+
+
+def test_it_runs_under_jit_vmap_grad_and_shard_map(mesh_4x2: jax.sharding.Mesh) -> None:
+    stack, w = jnp.asarray(random_stack(5, (8, 16), np.float32)), np.linspace(-1, 2, 5)
+    plain = combine(stack, w)
+    traced = jnp.asarray(w, jnp.float32)
+    expected = combine(stack, traced)
+    assert (jax.jit(combine)(stack, traced) == expected).all()
+    assert (jax.jit(lambda s: combine(s, w))(stack) == plain).all()
+    assert (jax.vmap(combine, (None, 0))(stack, jnp.stack([traced, traced]))[1] == expected).all()
+    by_weight = jax.grad(lambda t: combine(stack, t).sum())(traced)
+    np.testing.assert_allclose(by_weight, stack.sum((1, 2)), rtol=1e-5)
+    by_stack = jax.grad(lambda s: combine(s, w).sum())(stack)
+    np.testing.assert_allclose(by_stack, np.broadcast_to(w[:, None, None], stack.shape), rtol=1e-6)
+    spread = jax.device_put(stack, NamedSharding(mesh_4x2, P(None, "data", "model")))
+    mapped = jax.shard_map(
+        lambda s: combine(s, w), mesh=mesh_4x2, in_specs=P(None, "data", "model"), out_specs=P("data", "model")
+    )
+    assert (mapped(spread) == plain).all()
+    text = jax.jit(lambda s: combine(s, w)).lower(spread).compile().as_text()
+    assert "all-" not in text
+    assert (combine(spread, w) == plain).all()
+
+
+def test_a_wrong_number_of_weights_names_the_leaf() -> None:
+    with pytest.raises(jc.MismatchError, match=r'"a\.b" is float32\[3, 2\]; there are 2 weights'):
+        combine({"a": {"b": jnp.ones((3, 2))}}, [0.5, 0.5])
+
+
+def test_interpolation_is_exact_at_its_ends_and_keeps_variance_where_asked() -> None:
+    a, b = ({"x": jnp.asarray(random_stack(1, (4096,), np.float32, seed=s)[0]), "n": s} for s in (1, 2))
+    assert (interpolate(a, b, 0.0)["x"] == a["x"]).all()
+    assert (interpolate(a, b, 1.0)["x"] == b["x"]).all()
+    assert interpolate(a, b, 1.0)["n"] == 2
+    assert abs(float(interpolate(a, b, 0.5, preserve_variance=True)["x"].std()) - 1) < 0.03
+    assert abs(float(interpolate(a, b, 0.5)["x"].std()) - 0.5**0.5) < 0.03
+
+
+def test_a_barrier_is_nothing_to_oneself_and_high_between_two_basins() -> None:
+    def loss(p: dict) -> jax.Array:
+        return ((p["x"] ** 2 - 1) ** 2).sum()
+
+    one, other = {"x": jnp.ones(3)}, {"x": -jnp.ones(3)}
+    assert barrier(one, one, loss).height == 0
+    found = jax.jit(lambda a, b: barrier(a, b, loss))(one, other)
+    assert found.height == 3
+    assert found.t[int(found.losses.argmax())] == 0.5
+    with pytest.raises(jc.MismatchError, match='"x"'):
+        barrier(one, {"x": jnp.ones(4)}, loss)
