@@ -1,0 +1,310 @@
+"""What becomes of every leaf of an average: summed with which weights, or taken from which source."""
+
+from collections.abc import Callable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any, Literal, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxckpt.averaging.reading import Want, want_saved
+from jaxckpt.averaging.union import union
+from jaxckpt.checkpoint.match import Only, Places, describe_entry, prune, selector
+from jaxckpt.checkpoint.place import want_like
+from jaxckpt.checkpoint.source import Source
+from jaxckpt.core.dtypes import dtype_of
+from jaxckpt.core.errors import InvalidArgumentError, MismatchError
+from jaxckpt.core.tree import NONE, NamedLeaf, Node, Path, build, flatten, path_name, rebuild
+from jaxckpt.format.sidecar import LeafEntry
+
+Missing = Literal["error", "keep", "skip"]
+Policy = str | Mapping[str, str] | Callable[[str, Any], str | None] | None
+POLICIES = ("average", "first", "last", "equal_or_error")
+SHOWN = 10
+
+
+class Sum(NamedTuple):
+    """A leaf to be summed. ``weights`` is float64 [P, sources]; sources whose weights are all zero are left out."""
+
+    name: str
+    sources: tuple[int, ...]
+    leaves: tuple[int, ...]  # of each of these sources
+    dtypes: tuple[np.dtype, ...]
+    weights: np.ndarray
+    shape: tuple[int, ...]
+    chunk: tuple[int, ...]
+    dtype: np.dtype  # of the result
+    want: Want  # the form of the result; its leaf counts in the first of the sources
+    entry: LeafEntry
+
+
+class Copy(NamedTuple):
+    """A leaf to be taken from one source; ``equal_to``: (source, leaf) that must have the same value."""
+
+    name: str
+    source: int
+    want: Want
+    equal_to: tuple[tuple[int, int], ...]
+
+
+class Plan(NamedTuple):
+    """All distinct results, and how they make up a tree."""
+
+    results: list[Sum | Copy]
+    models: int  # P
+    assemble: Callable[[Sequence[Any]], Any]  # values of the results -> tree
+
+
+class Weights:
+    """The weights of every leaf: one vector or matrix for all, or one per glob."""
+
+    def __init__(self, weights: Any, count: int) -> None:
+        self._globs: list[tuple[str, np.ndarray]]
+        if weights is None:
+            weights = np.full(count, 1 / count)
+        self.per_path = isinstance(weights, Mapping)
+        pairs = list(weights.items()) if isinstance(weights, Mapping) else [("*", weights)]
+        self._globs = [(glob, _matrix(value, count, glob if self.per_path else "")) for glob, value in pairs]
+        shapes = {(value.shape[0], np.ndim(raw)) for (_, value), (_, raw) in zip(self._globs, pairs, strict=True)}
+        if len(shapes) != 1:
+            raise InvalidArgumentError(f"weights give vectors and matrices, or matrices of different P: {shapes}.")
+        ((self.models, ndim),) = shapes
+        self.many = ndim == 2
+
+    def of(self, name: str) -> np.ndarray | None:
+        """float64 [P, K], of the first glob that the name matches; None if it matches none."""
+        for glob, value in self._globs:
+            if name == glob or name.startswith(glob + ".") or fnmatchcase(name, glob):
+                return value
+        return None
+
+    def record(self, p: int) -> Any:
+        """Those of one result, as JSON."""
+        plain = {glob: value[p].tolist() for glob, value in self._globs}
+        return plain if self.per_path else plain["*"]
+
+    def matrix(self) -> np.ndarray:
+        """float64 [P, K] of the first glob."""
+        return self._globs[0][1]
+
+
+def make_plan(
+    sources: Sequence[Source],
+    weights: Weights,
+    like: Any,
+    *,
+    is_tree: bool,
+    only: Only,
+    missing: Missing,
+    policy: Policy,
+    dtype: Any,
+) -> Plan:
+    """Match the leaves of all sources, and of ``like``.
+
+    Raises:
+        MismatchError: lists all leaves that some source lacks, or that differ in shape or kind.
+    """
+    if missing not in ("error", "keep", "skip"):
+        raise InvalidArgumentError(f'missing is {missing!r}; it is "error", "keep" or "skip".')
+    if isinstance(policy, str):
+        policy = {"*": policy}
+    places = [Places(source.structure, only) for source in sources]
+    structure = sources[0].structure
+    if is_tree:
+        wanted = [leaf for leaf in flatten(like)[0] if only is None or selector(only)(leaf.name)]
+    else:
+        if missing == "keep":
+            structure = union([source.structure for source in sources])
+        chosen = Places(structure, only)
+        wanted = [NamedLeaf(path_name(path), path, None) for path in chosen.leaves]
+    if not wanted:
+        raise MismatchError(
+            f"{sources[0].url} has no leaf that matches only={only!r}. jaxckpt inspect shows its leaves."
+        )
+    problems: list[str] = []
+    if missing == "error":
+        problems += _unexpected(sources, places, wanted)
+    results: dict[Any, Sum | Copy] = {}
+    keys: dict[Path, Any] = {}
+    for leaf in wanted:
+        found = [place.find(leaf.path) for place in places]
+        held = tuple((k, places[k].leaves[path]) for k, path in enumerate(found) if path is not None)
+        if len(held) < len(sources):
+            if missing == "error" or (missing == "keep" and not held):
+                lacking = [sources[k].url for k, path in enumerate(found) if path is None]
+                problems.append(
+                    f'"{leaf.name}" is not in {lacking[0]}' + (f" and {len(lacking) - 1} more" if lacking[1:] else "")
+                )
+                continue
+            if missing == "skip":
+                continue
+        made = _one(sources, leaf, held, weights, policy, like, is_tree, dtype)
+        if isinstance(made, str):
+            problems.append(made)
+            continue
+        key = (held, made.want, type(made), made.weights.tobytes() if isinstance(made, Sum) else made.source)
+        results.setdefault(key, made)
+        keys[leaf.path] = key
+    if problems:
+        raise MismatchError(_report(problems))
+    order = {key: i for i, key in enumerate(results)}
+
+    def assemble(values: Sequence[Any]) -> Any:
+        if is_tree:
+            return rebuild(like, lambda path, old: values[order[keys[path]]] if path in keys else old)
+        kept = prune(structure, lambda leaf, path: path in keys) or NONE
+        paths = _numbered(kept, keys)
+        return build(paths[0], lambda i: values[order[keys[paths[1][i]]]])
+
+    return Plan(list(results.values()), weights.models, assemble)
+
+
+def _numbered(structure: Node, keys: Mapping[Path, Any]) -> tuple[Node, list[Path]]:
+    """The structure with leaves numbered by place, and their paths: indices of several sources do not mix."""
+    paths: list[Path] = []
+
+    def number(node: Node, path: Path) -> Node:
+        if node.kind == "leaf":
+            paths.append(path)
+            return Node(kind="leaf", leaf=len(paths) - 1)
+        children = tuple(number(child, (*path, key)) for key, child in zip(node.keys, node.children, strict=True))
+        return Node(kind=node.kind, type=node.type, keys=node.keys, children=children)
+
+    return number(structure, ()), paths
+
+
+def _one(
+    sources: Sequence[Source],
+    leaf: NamedLeaf,
+    held: tuple[tuple[int, int], ...],
+    weights: Weights,
+    policy: Any,
+    like: Any,
+    is_tree: bool,
+    dtype: Any,
+) -> Sum | Copy | str:
+    entries = [sources[k].leaves[i] for k, i in held]
+    how = _policy(policy, leaf.name, entries[0])
+    if how != "average":
+        place = 0 if how == "first" else -1
+        source, index = held[place]
+        want, wrong = _want(sources[source], index, leaf, like, is_tree, cast=False)
+        return wrong or Copy(leaf.name, source, want, held[:-1] if how == "equal_or_error" else ())
+    if any(e.shape != entries[0].shape or _family(e) != _family(entries[0]) for e in entries):
+        k = next(k for k, e in enumerate(entries) if (e.shape, _family(e)) != (entries[0].shape, _family(entries[0])))
+        return (
+            f'"{leaf.name}" is {describe_entry(entries[0])} in {sources[held[0][0]].url}, and '
+            f"{describe_entry(entries[k])} in {sources[held[k][0]].url}"
+        )
+    given = weights.of(leaf.name)
+    if given is None:
+        return f'"{leaf.name}" matches none of the globs of weights (add "*" for the rest, or a policy)'
+    chosen = _renormalised(given, [k for k, _ in held])
+    if chosen is None:
+        return f'"{leaf.name}": the weights of the sources that have it sum to zero, so it cannot be kept from them'
+    used = [j for j in range(len(held)) if chosen[:, j].any()] or [0]
+    first = held[used[0]]
+    want, wrong = _want(sources[first[0]], first[1], leaf, like, is_tree, cast=True)
+    if wrong:
+        return wrong
+    entry = entries[used[0]]
+    if len(used) == 1 and (chosen[:, used[0]] == 1).all() and not (dtype is not None and entry.stored):
+        return Copy(leaf.name, first[0], want, ())
+    out = want.cast or (np.dtype(dtype) if dtype is not None and not is_tree else dtype_of(entry.dtype or "float64"))
+    stored = [entries[j] for j in used]
+    return Sum(
+        name=leaf.name,
+        sources=tuple(held[j][0] for j in used),
+        leaves=tuple(held[j][1] for j in used),
+        dtypes=tuple(dtype_of(e.dtype or "float64") for e in stored),
+        weights=chosen[:, used],
+        shape=entry.shape,
+        chunk=entry.chunk,
+        dtype=out,
+        want=want,
+        entry=entry,
+    )
+
+
+def _want(source: Source, index: int, leaf: NamedLeaf, like: Any, is_tree: bool, *, cast: bool) -> tuple[Want, str]:
+    if is_tree:
+        return want_like(source, index, leaf, cast=cast, pad=False)
+    return want_saved(source, index, like), ""
+
+
+def _family(entry: LeafEntry) -> str:
+    if not entry.stored:
+        return entry.kind
+    dtype = dtype_of(entry.dtype)
+    if jnp.issubdtype(dtype, jnp.complexfloating):
+        return "complex array"
+    return "array" if jnp.issubdtype(dtype, jnp.inexact) else "integer array"
+
+
+def _policy(policy: Any, name: str, entry: LeafEntry) -> str:
+    floating = entry.kind in ("float", "complex") or _family(entry) in ("array", "complex array")
+    default = "average" if floating and entry.kind != "prng_key" else "last"
+    if callable(policy):
+        chosen = policy(name, entry)
+    else:
+        globs = (policy or {}).items()
+        chosen = next((p for g, p in globs if name == g or name.startswith(g + ".") or fnmatchcase(name, g)), None)
+        if policy is not None and list(policy) == ["*"] and not floating and chosen == "average":
+            chosen = None  # policy="average" is said of the numbers
+    chosen = chosen or default
+    if chosen not in POLICIES:
+        raise InvalidArgumentError(f'The policy of leaf "{name}" is {chosen!r}; it is one of {", ".join(POLICIES)}.')
+    can = floating or (entry.kind == "int") or (entry.stored and entry.kind not in ("prng_key", "bytes"))
+    if chosen == "average" and not can:
+        raise InvalidArgumentError(
+            f'Leaf "{name}" is {describe_entry(entry)}, which has no average: choose first, last or equal_or_error.'
+        )
+    return chosen
+
+
+def _renormalised(weights: np.ndarray, held: list[int]) -> np.ndarray | None:
+    """The columns of the sources that have a leaf, scaled to the sum of all; None where they sum to zero."""
+    if len(held) == weights.shape[1]:
+        return weights
+    columns = weights[:, held]
+    if len(held) == 1:
+        return np.ones_like(columns)  # one-sided: kept as it is
+    sums = columns.sum(axis=1, keepdims=True)
+    return None if (sums == 0).any() else columns * (weights.sum(axis=1, keepdims=True) / sums)
+
+
+def _unexpected(sources: Sequence[Source], places: Sequence[Places], wanted: Sequence[NamedLeaf]) -> list[str]:
+    found = []
+    for source, place in zip(sources, places, strict=True):
+        used = {place.find(leaf.path) for leaf in wanted}
+        found += [
+            f'"{path_name(path)}" of {source.url} is not in the result' for path in place.leaves if path not in used
+        ]
+    return found
+
+
+def _report(problems: list[str]) -> str:
+    lines = [f"The sources do not fit together; {len(problems)} leaves differ:"]
+    lines += [f"  {line}" for line in problems[:SHOWN]]
+    if len(problems) > SHOWN:
+        lines.append(f"  ... and {len(problems) - SHOWN} more")
+    lines.append(
+        'Nothing was averaged. missing="keep" takes leaves that some sources lack from those that have them, '
+        'missing="skip" leaves them out, only=... averages chosen leaves.'
+    )
+    return "\n".join(lines)
+
+
+def _matrix(value: Any, count: int, glob: str) -> np.ndarray:
+    try:
+        array = np.asarray(value, np.float64)
+    except (TypeError, ValueError) as error:
+        raise InvalidArgumentError(f"weights are {value!r}; they are numbers [K] or [P, K].") from error
+    where = f' of "{glob}"' if glob else ""
+    if array.ndim not in (1, 2) or array.shape[-1] != count or not array.size:
+        raise InvalidArgumentError(
+            f"weights{where} have the shape {array.shape} for {count} sources; they are [{count}] or [P, {count}]."
+        )
+    if not np.isfinite(array).all():
+        raise InvalidArgumentError(f"weights{where} are not all finite: {array.tolist()}.")
+    return array if array.ndim == 2 else array[None]

@@ -1,0 +1,65 @@
+"""The parts of a restore that averaging uses: opening, what a leaf is wanted as, reading, and where it goes."""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from jaxckpt.checkpoint import restore as _restore
+from jaxckpt.checkpoint.place import Want as Want
+from jaxckpt.checkpoint.source import Source, open_source
+from jaxckpt.core.box import Box, whole
+from jaxckpt.format.sidecar import LeafEntry
+from jaxckpt.plan.shards import device_boxes
+from jaxckpt.storage.url import Location, StorageOptions, open_store
+from jaxckpt.transfer import upload
+from jaxckpt.transfer.upload import Destination as Destination
+from jaxckpt.transfer.upload import host_destination
+
+
+def open_path(path: Location, options: StorageOptions | None) -> Source:
+    """The checkpoint there."""
+    return open_source(open_store(path, options))
+
+
+def fetch(source: Source, wants: list[Want]) -> tuple[list[Any], int]:
+    """The values of these leaves, and the bytes read."""
+    return _restore._fetch(source, wants)
+
+
+def want_saved(source: Source, leaf: int, choose: Any) -> Want:
+    """A leaf as it was saved, or as ``choose(name, spec)`` places it; never narrowed to 32 bits unsaid."""
+    want = _restore._want_saved(source, leaf, choose)
+    _restore._refuse_narrowing(source, [want])
+    return want
+
+
+def is_tree(like: Any) -> bool:
+    """Whether this is a tree to restore into, and not None or a function that places leaves."""
+    return _restore._is_tree(like)
+
+
+def destinations(want: Want, shape: tuple[int, ...], dtype: np.dtype, count: int) -> list[Destination]:
+    """Memory of ``count`` results of one form."""
+    if want.sharding is None:
+        return [host_destination(shape, dtype) for _ in range(count)]
+    kind: Any = getattr(upload, "Allocation", None)
+    if kind is None:
+        return [upload.device_destination(shape, dtype, want.sharding) for _ in range(count)]
+    allocation = kind()
+    make: Any = upload.device_destination
+    found = [make(shape, dtype, want.sharding, allocation=allocation) for _ in range(count)]
+    allocation.make()
+    return found
+
+
+def boxes_of(want: Want, shape: tuple[int, ...]) -> tuple[Box, ...]:
+    """The distinct boxes of a result that this process holds."""
+    if want.sharding is None:
+        return (whole(shape),)
+    return tuple(dict.fromkeys(device_boxes(want.sharding, shape).values()))
+
+
+def finished(want: Want, entry: LeafEntry, array: Any) -> Any:
+    """A summed array in the form wanted; it has the dtype wanted already."""
+    return want.convert(_restore._finished(entry, array, replace(want, cast=None)))

@@ -1,0 +1,263 @@
+"""What is averaged: saved checkpoints, live trees, and the point that ``eval_params`` maps either to."""
+
+import os
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any, final
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
+
+from jaxckpt.averaging.reading import Want, fetch, open_path
+from jaxckpt.checkpoint.leaves import describe, plain_value, sharding_record
+from jaxckpt.checkpoint.source import Source
+from jaxckpt.core.box import Box, from_index, intersect, whole
+from jaxckpt.core.dtypes import dtype_of, mover
+from jaxckpt.core.errors import InvalidArgumentError
+from jaxckpt.core.tree import build, flatten
+from jaxckpt.format.sidecar import LeafEntry
+from jaxckpt.storage.url import StorageOptions
+from jaxckpt.transfer.upload import Target
+
+PyTree = Any
+EvalParams = Callable[[PyTree], PyTree] | Sequence[Callable[[PyTree], PyTree] | None] | None
+
+
+def open_sources(sources: Sequence[Any], eval_params: EvalParams, options: StorageOptions | None) -> list[Source]:
+    """Each of them opened: strings and paths are checkpoints, anything else is a tree."""
+    if isinstance(sources, str | os.PathLike | Mapping) or not isinstance(sources, Sequence) or not sources:
+        raise InvalidArgumentError(
+            f"sources is {sources!r}; it is a list of checkpoints (paths, URLs) and trees, one at least."
+        )
+    functions = [eval_params] * len(sources) if eval_params is None or callable(eval_params) else list(eval_params)
+    if len(functions) != len(sources):
+        raise InvalidArgumentError(f"{len(functions)} functions in eval_params for {len(sources)} sources.")
+    found: list[Source] = []
+    programs: dict[Any, Any] = {}
+    for place, (source, function) in enumerate(zip(sources, functions, strict=True)):
+        is_path = isinstance(source, str | os.PathLike)
+        opened = open_path(source, options) if is_path else LiveSource(source, f"tree {place} of sources")
+        found.append(opened if function is None else MappedSource(opened, function, programs))
+    return found
+
+
+def arrays_of(source: Source, wants: Sequence[Want]) -> tuple[list[Any], int]:
+    """These leaves as arrays of the shardings wanted, and the bytes read."""
+    if isinstance(source, LiveSource):
+        return [source.spread(want.leaf, want.sharding) for want in wants], 0
+    if isinstance(source, MappedSource):
+        return source.spread(wants)
+    return fetch(source, list(wants))
+
+
+@final
+class LiveSource:
+    """A tree in memory, with the interface of a checkpoint."""
+
+    def __init__(self, tree: PyTree, name: str) -> None:
+        described = describe(tree)
+        self.url, self.structure, self.arrays = name, described.structure, described.arrays
+        self.leaves: Sequence[LeafEntry] = tuple(
+            replace(entry, chunk=tuple(max(n, 1) for n in entry.shape), sharding=place) if entry.stored else entry
+            for place, entry in enumerate(described.entries)
+        )
+        self.shardings: Sequence[dict[str, Any]] = tuple(
+            sharding_record(a.sharding) if isinstance(a, jax.Array) else {"type": "host", "devices": []}
+            for a in self.arrays
+        )
+        self._lock = threading.Lock()
+        self._host: tuple[int, list[tuple[Box, np.ndarray]]] = (-1, [])
+
+    def fill(self, targets: Mapping[int, tuple[Target, ...]]) -> int:
+        """Copy the wanted boxes. Reads nothing from storage."""
+        for leaf, boxes in targets.items():
+            pieces = self._pieces(leaf)
+            for target in boxes:
+                covered = 0
+                for box, data in pieces:
+                    both = intersect(target.box, box)
+                    if both is not None:
+                        target.data[both.slices(target.box.start)] = data[both.slices(box.start)]
+                        covered += both.size
+                if covered < target.box.size:
+                    raise InvalidArgumentError(
+                        f'Leaf "{self.leaves[leaf].name}" of {self.url} lies partly on other processes, and its '
+                        "average is wanted on this one. Give `like` with shardings over all processes."
+                    )
+        return 0
+
+    def spread(self, leaf: int, sharding: Any) -> Any:
+        """A leaf with this sharding; it may be the very array of the tree."""
+        array = self.arrays[leaf]
+        if isinstance(array, jax.Array) and not array.is_fully_addressable:
+            return _identity(sharding)(array)
+        return jax.make_array_from_callback(array.shape, sharding, np.asarray(array).__getitem__, dtype=array.dtype)
+
+    def _pieces(self, leaf: int) -> list[tuple[Box, np.ndarray]]:
+        """The distinct boxes of an array that are here, with their elements; those of the last leaf are kept."""
+        with self._lock:
+            if self._host[0] == leaf:
+                return self._host[1]
+        array = self.arrays[leaf]
+        if isinstance(array, jax.Array):
+            held = {from_index(shard.index, array.shape): shard.data for shard in array.addressable_shards}
+        else:
+            held = {whole(array.shape): array}
+        found = []
+        for box, data in held.items():
+            piece = np.asarray(data)
+            found.append(
+                (box, piece.view(mover(piece.dtype)) if piece.shape else piece[None].view(mover(piece.dtype))[0, ...])
+            )
+        with self._lock:
+            self._host = (leaf, found)
+        return found
+
+
+@final
+class MappedSource:
+    """What a function makes of a checkpoint's tree, leaf by leaf: a leaf of its result needs only what it depends on.
+
+    The function is traced once. Results that are leaves of the state as they are (``lambda state: state["ema"]``) are
+    read as such; others (schedule-free: ``x = (y - (1 - b1) z) / b1``) are computed one leaf at a time.
+    """
+
+    def __init__(self, source: Source, function: Callable[[PyTree], PyTree], programs: dict[Any, Any]) -> None:
+        self.source, self.url, self._programs = source, source.url, programs
+        self._inputs = [i for i, entry in enumerate(source.leaves) if entry.stored and entry.kind != "bytes"]
+        self._function = function
+        structs = [_struct(source.leaves[i]) for i in self._inputs]
+        closed, out = jax.make_jaxpr(self._apply, return_shape=True)(structs)
+        leaves, self.structure = flatten(out)
+        jaxpr = closed.jaxpr
+        place_of = {var: place for place, var in enumerate(jaxpr.invars)}
+        self._same: dict[int, int] = {}  # leaf -> leaf of the source
+        self._needs = _dependencies(jaxpr)
+        entries = []
+        for place, (leaf, var) in enumerate(zip(leaves, jaxpr.outvars, strict=True)):
+            if not hasattr(var, "val") and var in place_of:
+                self._same[place] = self._inputs[place_of[var]]
+                entries.append(replace(source.leaves[self._same[place]], name=leaf.name))
+            else:
+                shape = tuple(leaf.value.shape)
+                chunk = tuple(max(n, 1) for n in shape)
+                like = next((source.leaves[self._inputs[i]].sharding for i in self._needs[place]), -1)
+                entries.append(
+                    LeafEntry(
+                        name=leaf.name,
+                        kind="array",
+                        dtype=np.dtype(leaf.value.dtype).name,
+                        shape=shape,
+                        chunk=chunk,
+                        sharding=like,
+                    )
+                )
+        self.leaves: Sequence[LeafEntry] = tuple(entries)
+        self.shardings: Sequence[dict[str, Any]] = source.shardings
+        self._lock = threading.Lock()
+        self._last: tuple[int, LiveSource | None] = (-1, None)
+
+    def fill(self, targets: Mapping[int, tuple[Target, ...]]) -> int:
+        """Read what is read as it is, and compute the rest on the host."""
+        read_bytes = 0
+        plain: dict[int, tuple[Target, ...]] = {self._same[leaf]: () for leaf in targets if leaf in self._same}
+        for leaf, boxes in targets.items():
+            if leaf in self._same:
+                plain[self._same[leaf]] += boxes
+            else:
+                computed, more = self._computed(leaf)
+                computed.fill({0: boxes})
+                read_bytes += more
+        return read_bytes + (self.source.fill(plain) if plain else 0)
+
+    def spread(self, wants: Sequence[Want]) -> tuple[list[Any], int]:
+        """These leaves as arrays of the shardings wanted; all processes call it together."""
+        results: list[Any] = []
+        read_bytes = 0
+        for want in wants:
+            if want.leaf in self._same:
+                (value,), more = arrays_of(self.source, [replace(want, leaf=self._same[want.leaf])])
+            else:
+                needs = self._needs[want.leaf]
+                shape = self.leaves[want.leaf].shape
+                inputs = [self._inputs[i] for i in needs]
+                forms = [_alike(want.sharding, self.source.leaves[i].shape == shape) for i in inputs]
+                parts, more = arrays_of(
+                    self.source, [Want(leaf=i, sharding=form) for i, form in zip(inputs, forms, strict=True)]
+                )
+                value = _identity(want.sharding)(self._program(want.leaf)(parts))
+            results.append(value)
+            read_bytes += more
+        return results, read_bytes
+
+    def _computed(self, leaf: int) -> tuple[LiveSource, int]:
+        with self._lock:  # one leaf of a source is computed at a time
+            if self._last[0] == leaf and self._last[1] is not None:
+                return self._last[1], 0
+            values, read_bytes = fetch(self.source, [Want(leaf=self._inputs[i]) for i in self._needs[leaf]])
+            values = [np.asarray(value) for value in values]
+            with jax.default_device(jax.local_devices(backend="cpu")[0]):
+                value = np.asarray(self._program(leaf)(values))
+            found = LiveSource(value, self.url)
+            self._last = (leaf, found)
+            return found, read_bytes
+
+    def _program(self, leaf: int) -> Callable[[list[Any]], jax.Array]:
+        # Sources of one run are alike: they share programs.
+        key = (self._function, self.source.structure, leaf)
+        key += tuple((e.kind, e.dtype, e.shape, repr(e.value)) for e in self.source.leaves)
+        return self._programs.setdefault(key, jax.jit(partial(self._one, leaf)))
+
+    def _one(self, leaf: int, needed: list[Any]) -> Any:
+        given = dict(zip(self._needs[leaf], needed, strict=True))
+        values = []
+        for place, i in enumerate(self._inputs):
+            entry = self.source.leaves[i]
+            value = given.get(place)
+            if value is None:  # this leaf does not depend on it: XLA drops it
+                value = _nothing(entry)
+            elif entry.kind == "prng_key" and value.dtype == np.uint32:
+                value = jax.random.wrap_key_data(value, impl=entry.prng_impl)
+            values.append(value)
+        return jax.tree.leaves(self._apply(values))[leaf]
+
+    def _apply(self, values: list[Any]) -> PyTree:
+        given = dict(zip(self._inputs, values, strict=True))
+        return self._function(
+            build(self.source.structure, lambda i: given[i] if i in given else plain_value(self.source.leaves[i]))
+        )
+
+
+def _struct(entry: LeafEntry) -> jax.ShapeDtypeStruct:
+    if entry.kind == "prng_key":
+        data = jax.ShapeDtypeStruct(entry.shape, np.uint32)
+        return jax.eval_shape(partial(jax.random.wrap_key_data, impl=entry.prng_impl), data)
+    return jax.ShapeDtypeStruct(entry.shape, dtype_of(entry.dtype))
+
+
+def _nothing(entry: LeafEntry) -> Any:
+    if entry.kind == "prng_key":
+        return jax.random.wrap_key_data(jax.numpy.zeros(entry.shape, np.uint32), impl=entry.prng_impl)
+    return jax.numpy.zeros(entry.shape, dtype_of(entry.dtype))
+
+
+def _dependencies(jaxpr: Any) -> list[tuple[int, ...]]:
+    """For each output of a jaxpr, the inputs that it may depend on."""
+    needs: dict[Any, frozenset[int]] = {var: frozenset([i]) for i, var in enumerate(jaxpr.invars)}
+    for equation in jaxpr.eqns:
+        found = frozenset().union(*(needs.get(v, frozenset()) for v in equation.invars if not hasattr(v, "val")))
+        needs.update(dict.fromkeys(equation.outvars, found))
+    return [() if hasattr(v, "val") else tuple(sorted(needs.get(v, frozenset()))) for v in jaxpr.outvars]
+
+
+def _alike(sharding: Sharding | None, same_shape: bool) -> Sharding | None:
+    if same_shape or not isinstance(sharding, NamedSharding):
+        return sharding
+    return NamedSharding(sharding.mesh, PartitionSpec())
+
+
+def _identity(sharding: Sharding | None) -> Callable[[Any], Any]:
+    return jax.jit(lambda x: x, out_shardings=sharding)

@@ -1,0 +1,348 @@
+"""Sum stored leaves on the host, bucket by bucket, straight into the memory of the results.
+
+A bucket is a flat row of elements per source, packed from pieces of one or many leaves. While one bucket is summed by
+XLA, the next is read. Memory beyond the results: two slots of rows, and the accumulators of one bucket.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxckpt.averaging.kernel import add_terms, add_words, finish, finish_words, split_weights
+from jaxckpt.averaging.plan import Sum
+from jaxckpt.averaging.reading import Destination
+from jaxckpt.checkpoint.source import Source
+from jaxckpt.core.box import Box, cell_box, intersect
+from jaxckpt.core.dtypes import is_packed, mover
+from jaxckpt.transfer.arena import aligned
+from jaxckpt.transfer.upload import Target
+
+BUCKET_BYTES = 1024 * 1024  # of one source; a larger stored chunk makes a larger bucket
+SLOT_BYTES = 16 * 1024 * 1024  # rows of all sources that are read together; there are two slots
+LARGEST_CELL_BYTES = 8 * 1024 * 1024
+_THREADS = 4
+
+
+class Piece(NamedTuple):
+    """A box of one leaf, and its place in the row of a bucket."""
+
+    job: "Job"
+    box: Box
+    offset: int
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """One leaf on its way: P destinations, open from its first piece to its last."""
+
+    sum: Sum
+    destinations: list[Destination]
+    boxes: tuple[Box, ...]
+    targets: list[dict[Box, list[np.ndarray]]] = field(default_factory=list)
+    left: int = 0  # pieces not written yet
+    listed: bool = False  # all pieces are known
+
+
+class Bucket(NamedTuple):
+    """Pieces of leaves that have the same sources, dtypes and weights."""
+
+    pieces: list[Piece]
+    elements: int  # of a row, padding included
+
+
+@dataclass(slots=True, eq=False)
+class Slot:
+    """Memory for the rows of one step, and the results of the last program that reads it."""
+
+    memory: np.ndarray
+    busy: list[Any]
+
+
+def stream_sums(
+    sources: Sequence[Source],
+    sums: Sequence[Sum],
+    open_destinations: Callable[[Sum], tuple[list[Destination], tuple[Box, ...]]],
+    close: Callable[[Sum, list[Destination]], None],
+    *,
+    how: str,
+) -> dict[int, int]:
+    """Sum all of these; returns the bytes read by source.
+
+    ``open_destinations`` gives P destinations and the boxes that they hold; ``close`` gets them filled.
+    """
+    with ThreadPoolExecutor(_THREADS, thread_name_prefix="jaxckpt-average") as pool, jax.enable_x64(True):
+        stream = _Stream(sources, close, how, pool)
+        try:
+            for group in _alike(sums):
+                stream.run(group[0], _buckets(group, open_destinations))
+            stream.drain()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)  # nothing may write to a slot any more
+    return stream.read_bytes
+
+
+def _alike(sums: Sequence[Sum]) -> list[list[Sum]]:
+    groups: dict[Any, list[Sum]] = {}
+    for one in sums:
+        groups.setdefault((one.sources, one.dtypes, one.dtype, one.weights.tobytes()), []).append(one)
+    return list(groups.values())
+
+
+def _buckets(
+    sums: Sequence[Sum], open_destinations: Callable[[Sum], tuple[list[Destination], tuple[Box, ...]]]
+) -> Iterator[Bucket]:
+    itemsize = max(dtype.itemsize for dtype in sums[0].dtypes)
+    capacity = BUCKET_BYTES // itemsize
+    pieces: list[Piece] = []
+    used = 0
+    for one in sums:
+        destinations, boxes = open_destinations(one)
+        job = Job(one, destinations, boxes)
+        for together in _cells(one, boxes, itemsize):
+            size = sum(box.size for box in together)
+            if pieces and used + size > capacity:
+                yield Bucket(pieces, capacity if used <= capacity else _padded(used))
+                pieces, used = [], 0
+            for box in together:
+                pieces.append(Piece(job, box, used))
+                used += box.size
+                job.left += 1
+        job.listed = True
+        if not job.left:  # an empty array, or one that lies on other processes
+            pieces.append(Piece(job, Box((0,) * len(one.shape), (0,) * len(one.shape)), used))
+            job.left = 1
+    if pieces:
+        yield Bucket(pieces, min(capacity, _padded(used)) if used <= capacity else _padded(used))
+
+
+def _padded(elements: int) -> int:
+    """Few sizes, so few compilations."""
+    return max(1 << (elements - 1).bit_length(), 256) if elements else 256
+
+
+def _cells(one: Sum, boxes: Sequence[Box], itemsize: int) -> Iterator[list[Box]]:
+    """The parts of the boxes, grouped by the stored chunk that they lie in, so that no chunk is read twice."""
+    if not all(one.shape):
+        return
+    cell = _cell_shape(one.chunk, one.shape, itemsize)
+    grid = tuple(-(-n // c) for n, c in zip(one.shape, cell, strict=True))
+    for index in np.ndindex(*grid):
+        held = cell_box(index, cell, one.shape)
+        parts = [both for box in boxes if (both := intersect(box, held)) is not None]
+        if parts:
+            yield list(dict.fromkeys(parts))
+
+
+def _cell_shape(chunk: tuple[int, ...], shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
+    """A chunk; of chunks that are too large, as those of other libraries may be, a part along the first dimensions."""
+    cell = [min(c, n) for c, n in zip(chunk, shape, strict=True)]
+    for d in range(len(cell)):
+        size = math.prod(cell) * itemsize
+        if size <= LARGEST_CELL_BYTES:
+            break
+        cell[d] = max(cell[d] * LARGEST_CELL_BYTES // size, 1)
+    return tuple(cell)
+
+
+class _Stream:
+    """Reads ahead by one step, and writes results one step behind."""
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        close: Callable[[Sum, list[Destination]], None],
+        how: str,
+        pool: ThreadPoolExecutor,
+    ) -> None:
+        self.sources, self.close, self.how, self.pool = sources, close, how, pool
+        self.read_bytes: dict[int, int] = {}
+        self.slots = [Slot(np.zeros(0, np.uint8), []) for _ in range(2)]
+        self.turn = 0
+        self.cpu = jax.local_devices(backend="cpu")[0]
+        self.pending: Callable[[], None] | None = None  # the program of the step that is being read
+        self.unwritten: tuple[Bucket, list[Any], np.dtype] | None = None
+
+    def run(self, one: Sum, buckets: Iterator[Bucket]) -> None:
+        """All buckets of one group of leaves."""
+        sums: list[Any] = [None]  # the accumulators of the bucket under way
+        for bucket in buckets:
+            groups = _groups(one, bucket.elements)
+            for number, group in enumerate(groups):
+                slot = self.slots[self.turn % 2]
+                self.turn += 1
+                jax.block_until_ready(slot.busy)
+                rows, futures = self._read(slot, one, bucket, group)
+                if self.pending is not None:
+                    self.pending()
+                self.pending = partial(
+                    self._add,
+                    one,
+                    bucket,
+                    group,
+                    slot,
+                    rows,
+                    futures,
+                    sums,
+                    first=number == 0,
+                    last=group is groups[-1],
+                )
+
+    def drain(self) -> None:
+        """Finish what is under way."""
+        if self.pending is not None:
+            self.pending()
+        self._write_last()
+
+    def _write_last(self) -> None:
+        if self.unwritten is not None:
+            self._write(*self.unwritten)
+        self.unwritten = None
+
+    def _read(
+        self, slot: Slot, one: Sum, bucket: Bucket, group: Sequence[int]
+    ) -> tuple[np.ndarray, list[tuple[int, Future[int]]]]:
+        dtype = one.dtypes[group[0]]
+        size = len(group) * bucket.elements * dtype.itemsize
+        if slot.memory.nbytes < size:
+            slot.memory = aligned(size)
+        rows = slot.memory[:size].view(mover(dtype)).reshape(len(group), bucket.elements)
+        futures = []
+        for row, k in zip(rows, group, strict=True):
+            targets: dict[int, tuple[Target, ...]] = {}
+            for piece in bucket.pieces:
+                leaf = piece.job.sum.leaves[k]
+                data = row[piece.offset : piece.offset + piece.box.size].reshape(piece.box.shape)
+                if piece.box.size:
+                    targets[leaf] = (*targets.get(leaf, ()), Target(piece.box, data))
+            futures.append((one.sources[k], self.pool.submit(self.sources[one.sources[k]].fill, targets)))
+        return rows, futures
+
+    def _add(
+        self,
+        one: Sum,
+        bucket: Bucket,
+        group: Sequence[int],
+        slot: Slot,
+        rows: np.ndarray,
+        futures: list[tuple[int, Future[int]]],
+        sums: list[Any],
+        *,
+        first: bool,
+        last: bool,
+    ) -> None:
+        for source, future in futures:
+            self.read_bytes[source] = self.read_bytes.get(source, 0) + future.result()
+        dtype = one.dtypes[group[0]]
+        words = dtype.name == "bfloat16" and len(set(one.dtypes)) == 1 and self.how == "float64"
+        data, doubled = _viewed(rows, dtype, words)
+        parts = split_weights(one.weights[:, list(group)])
+        out = (one.dtype if not doubled or one.dtype.kind != "c" else np.finfo(one.dtype).dtype) if last else None
+        staged = jax.device_put(data, self.cpu, may_alias=True)
+        program = _add_words if words else _add_rows
+        found = program(staged, parts, None if first else sums[0], how=self.how, out=_staged_out(out))
+        sums[0] = None if last else found
+        slot.busy = found
+        if last:
+            self._write_last()
+            self.unwritten = (bucket, found, one.dtype)
+
+    def _write(self, bucket: Bucket, found: list[Any], dtype: np.dtype) -> None:
+        flat = []
+        for each in found:
+            array = np.asarray(each)
+            if is_packed(dtype):
+                array = array.astype(dtype)
+            elif array.dtype != dtype:
+                array = array.reshape(-1).view(dtype)
+            flat.append(array.view(mover(dtype)))
+        for piece in bucket.pieces:
+            job = piece.job
+            if not job.targets:
+                job.targets = [_by_box(destination.targets()) for destination in job.destinations]
+        tasks = [(bucket.pieces, data, p) for p, data in enumerate(flat)]
+        if len(tasks) == 1:
+            _put(tasks[0])
+        else:  # the first touch of P models is the slowest part
+            list(self.pool.map(_put, tasks))
+        for piece in bucket.pieces:
+            job = piece.job
+            job.left -= 1
+            if job.listed and not job.left:
+                self.close(job.sum, job.destinations)
+                job.targets, job.destinations = [], []
+
+
+def _put(task: tuple[list[Piece], np.ndarray, int]) -> None:
+    """The elements of one result, from the row of a bucket to where they belong."""
+    pieces, data, p = task
+    for piece in pieces:
+        if not piece.box.size:
+            continue
+        part = data[piece.offset : piece.offset + piece.box.size].reshape(piece.box.shape)
+        for box, places in piece.job.targets[p].items():
+            both = intersect(box, piece.box)
+            if both is not None:
+                for place in places:
+                    place[both.slices(box.start)] = part[both.slices(piece.box.start)]
+
+
+def _groups(one: Sum, elements: int) -> list[list[int]]:
+    """The sources in runs of one dtype that fit a slot, of about equal length."""
+    runs: list[list[int]] = []
+    for k, dtype in enumerate(one.dtypes):
+        if runs and one.dtypes[runs[-1][-1]] == dtype:
+            runs[-1].append(k)
+        else:
+            runs.append([k])
+    groups = []
+    for run in runs:
+        most = max(min(SLOT_BYTES // (elements * one.dtypes[run[0]].itemsize), 32), 1)
+        parts = -(-len(run) // most)
+        size = -(-len(run) // parts)
+        groups += [run[i : i + size] for i in range(0, len(run), size)]
+    return groups
+
+
+def _by_box(targets: Sequence[Target]) -> dict[Box, list[np.ndarray]]:
+    found: dict[Box, list[np.ndarray]] = {}
+    for target in targets:
+        found.setdefault(target.box, []).append(target.data)
+    return found
+
+
+def _staged_out(dtype: np.dtype | None) -> np.dtype | None:
+    return np.dtype(np.float32) if dtype is not None and is_packed(dtype) else dtype
+
+
+def _viewed(rows: np.ndarray, dtype: np.dtype, words: bool) -> tuple[np.ndarray, bool]:
+    """The rows as what the program gets, and whether an element is two numbers there."""
+    if words:
+        return rows.view(np.uint32), True
+    if dtype.kind == "c":
+        return rows.view(dtype).view(np.finfo(dtype).dtype), True
+    if is_packed(dtype):
+        return rows.view(dtype).astype(np.float32), False  # XLA would keep two to a byte
+    return rows.view(dtype), False
+
+
+@partial(jax.jit, static_argnames=("how", "out"), donate_argnums=2)
+def _add_rows(rows: jax.Array, parts: Any, sums: Any, *, how: str, out: Any) -> list[Any]:
+    found = add_terms(sums, [rows[k] for k in range(rows.shape[0])], parts, how=how)
+    return found if out is None else [finish(total, out) for total in found]
+
+
+@partial(jax.jit, static_argnames=("how", "out"), donate_argnums=2)
+def _add_words(rows: jax.Array, parts: Any, sums: Any, *, how: str, out: Any) -> list[Any]:
+    found = add_words(sums, [rows[k] for k in range(rows.shape[0])], parts)
+    if out is None:
+        return found
+    if out == jnp.bfloat16:
+        return [finish_words(pair) for pair in found]
+    return [jnp.stack([finish(half, out) for half in pair], axis=-1).reshape(-1) for pair in found]
