@@ -2,8 +2,9 @@
 
 Chunks that one process alone needs go straight to their places. A chunk that several need is read by one of them; the
 bytes read by all members of a group are exchanged by one jitted identity whose output is replicated within the group
-(an all-gather over the interconnect), in rounds of bounded size. Before each round, and at the end, all processes tell
-each other whether they could read: a damaged chunk raises on all of them, and none is left waiting.
+(one all-gather over the interconnect, in which every device carries its part), in rounds of bounded size. Before each
+round, and at the end, all processes tell each other whether they could read: a damaged chunk raises on all of them, and
+none is left waiting.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,6 +22,7 @@ from jaxckpt.transfer.read import ChunkRead, LeafRead, deliver
 from jaxckpt.transfer.upload import Target
 
 ROUND_BYTES = 16 * 1024 * 1024  # read and sent by one process in one round
+_RECEIVED_BYTES = 512 * 1024 * 1024  # that one process gets in one round: with many processes, each sends less
 _STATUS_BYTES = 1024
 _SMALLEST = 4096
 
@@ -65,7 +67,8 @@ def fill_together(source: OwnSource, targets: Mapping[int, tuple[Target, ...]], 
     except Exception as failure:  # of any kind: the others must hear of it before they wait for this process
         error = failure
     for groups, lists in sorted(streams.items()):
-        for cut in rounds([[chunk.length for chunk in chunks] for chunks in lists], ROUND_BYTES):
+        limit = min(ROUND_BYTES, _RECEIVED_BYTES // len(groups[0]))
+        for cut in rounds([[chunk.length for chunk in chunks] for chunks in lists], limit):
             parts = [chunks[first:stop] for chunks, (first, stop) in zip(lists, cut, strict=True)]
             more, error = _round(source, parts, groups, reads, rank, error)
             read_bytes += more
@@ -178,21 +181,41 @@ def agree(url: str, error: Exception | None) -> None:
 
 
 def _gather(mine: np.ndarray, groups: Groups) -> np.ndarray:
-    """uint8 [members, bytes]: what each member of this process's group brought."""
-    sharding, gather = _program(groups)
-    lead = next(d for d in np.asarray(sharding.mesh.devices).flat if d.process_index == jax.process_index())
-    local = jax.device_put(mine[None, None], lead)
-    shape = (len(groups), len(groups[0]), len(mine))
-    spread = jax.make_array_from_single_device_arrays(shape, sharding, [local])
-    return np.asarray(gather(spread).addressable_data(0))[0]
+    """uint8 [members, bytes]: what each member of this process's group brought. All bring equally many bytes."""
+    sharding, gather = exchange_program(tuple(sorted(jax.devices(), key=lambda d: d.id)), groups)
+    own = _own_devices(sharding)
+    words = -(-len(mine) // (4 * len(own)))  # per device
+    padded = np.zeros(4 * words * len(own), np.uint8)
+    padded[: len(mine)] = mine
+    parts = padded.view(np.uint32).reshape(len(own), words)
+    shards = [jax.device_put(part, device) for part, device in zip(parts, own, strict=True)]
+    spread = jax.make_array_from_single_device_arrays((words * sharding.mesh.size,), sharding, shards)
+    gathered = {shard.device: shard.data for shard in gather(spread).addressable_shards}
+    received = np.stack([np.asarray(gathered[device]).reshape(-1, words) for device in own], axis=1)
+    return received.reshape(len(received), -1).view(np.uint8)[:, : len(mine)]
 
 
 @lru_cache(maxsize=64)
-def _program(groups: Groups):
-    """The sharding of the bytes to exchange, one lead device per process, and the identity that replicates them."""
-    leads: dict[int, jax.Device] = {}
-    for device in sorted(jax.devices(), key=lambda d: d.id):
-        leads.setdefault(device.process_index, device)
-    mesh = Mesh(np.array([[leads[p] for p in group] for group in groups]), ("group", "member"))
-    out = NamedSharding(mesh, PartitionSpec("group"))
-    return NamedSharding(mesh, PartitionSpec("group", "member")), jax.jit(lambda x: x, out_shardings=out)
+def exchange_program(devices: tuple[jax.Device, ...], groups: Groups) -> tuple[NamedSharding, jax.stages.Wrapped]:
+    """How the bytes to exchange lie on these devices, and the jitted identity that replicates them in each group.
+
+    The array is uint32, of one dimension: by group, then by place in the process, then by member. Each device brings
+    its part of what its process read and gets that part of what the others of its group read, so that the devices of
+    a process hold everything once between them: one all-gather, and no byte goes to a process twice.
+
+    All devices take part: programs on a part of a TPU v5e or v6e slice do not compile ("limited ICI routing"). Only
+    where processes have unequally many does one per process stand for the rest.
+    """
+    by_process: dict[int, list[jax.Device]] = {}
+    for device in devices:
+        by_process.setdefault(device.process_index, []).append(device)
+    places = len(by_process[0]) if len({len(own) for own in by_process.values()}) == 1 else 1
+    grid = [[[by_process[p][place] for p in group] for place in range(places)] for group in groups]
+    mesh = Mesh(np.array(grid), ("group", "place", "member"))
+    out = NamedSharding(mesh, PartitionSpec(("group", "place")))
+    return NamedSharding(mesh, PartitionSpec(("group", "place", "member"))), jax.jit(lambda x: x, out_shardings=out)
+
+
+def _own_devices(sharding: NamedSharding) -> list[jax.Device]:
+    """The devices of this process, by their place."""
+    return [d for d in np.asarray(sharding.mesh.devices).flat if d.process_index == jax.process_index()]
