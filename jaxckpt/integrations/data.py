@@ -74,7 +74,7 @@ class ElasticIterator(Generic[Batch]):
 
     def __init__(
         self,
-        source: Source,
+        source: Source | np.ndarray,
         *,
         batch_size: int,
         seed: int | None = None,
@@ -197,7 +197,7 @@ class PackedIterator:
 
     def __init__(
         self,
-        source: Source,
+        source: Source | np.ndarray,
         *,
         row_length: int,
         seed: int | None = None,
@@ -261,7 +261,7 @@ def place_of(rank: int | None, size: int | None) -> tuple[int, int]:
     return rank, size
 
 
-def _loader(source: Source, *, stack: bool = True) -> Callable[[np.ndarray], Any]:
+def _loader(source: Source | np.ndarray, *, stack: bool = True) -> Callable[[np.ndarray], Any]:
     if stack and isinstance(source, np.ndarray):
         return lambda numbers: source[numbers]
     return lambda numbers: [source[number] for number in numbers.tolist()]

@@ -48,6 +48,7 @@ PUBLIC_NAMES = [
     "save",
     "save_async",
     "verify",
+    "with_capture",
 ]
 
 
