@@ -26,7 +26,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 )
 LEVEL = {package: len(LAYERS) - row for row, packages in enumerate(LAYERS) for package in packages}
 OUTSIDE_LAYERS = {"testing"}  # may import anything, is imported by none
-EXTRAS = ("flax", "optax", "orbax", "evosax", "rich")
+EXTRAS = ("flax", "optax", "orbax", "evosax", "grain", "rich")
 PRIVATE_JAX = PACKAGE / "coordination" / "jax_client.py"
 MAX_LINES = 400
 
