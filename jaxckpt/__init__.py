@@ -17,6 +17,7 @@ from jaxckpt.core.errors import MismatchError as MismatchError
 from jaxckpt.core.errors import NotCommittedError as NotCommittedError
 from jaxckpt.core.errors import NotFoundError as NotFoundError
 from jaxckpt.storage.url import StorageOptions as StorageOptions
+from jaxckpt.transfer.in_step import with_capture as with_capture
 
 __version__ = "0.1.0"
 
@@ -38,4 +39,5 @@ __all__ = [
     "save",
     "save_async",
     "verify",
+    "with_capture",
 ]

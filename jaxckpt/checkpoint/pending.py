@@ -15,10 +15,15 @@ class PendingSave:
     Also a context manager: leaving the block waits for the save, and raises what went wrong.
     """
 
-    def __init__(self, path: str, work: Callable[[], None]) -> None:
+    def __init__(self, path: str, work: Callable[[], None] | None) -> None:
+        """``work`` runs in a thread of its own; None for a save that was skipped."""
         self.path = path
         self._error: BaseException | None = None
         self._done = threading.Event()
+        self._thread: threading.Thread | None = None
+        if work is None:
+            self._done.set()
+            return
         # Not a daemon: an interpreter that exits waits for its saves.
         self._thread = threading.Thread(target=self._run, args=(work,), name=f"jaxckpt-save {path}")
         _running.add(self)
@@ -39,25 +44,33 @@ class PendingSave:
 
     @property
     def state(self) -> str:
-        """ "captured", "durable" or "failed"."""
+        """ "captured", "durable", "failed" or "skipped"."""
         if not self._done.is_set():
             return "captured"
+        if self._thread is None:
+            return "skipped"
         return "durable" if self._error is None else "failed"
 
     def error(self) -> BaseException | None:
         """What went wrong; None while the save runs and after it succeeded."""
         return self._error
 
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Wait until the save has ended, well or not; whether it has."""
+        ended = self._done.wait(timeout_s)
+        if ended and self._thread is not None:
+            self._thread.join()
+        return ended
+
     def result(self, timeout_s: float | None = None) -> None:
-        """Wait until the checkpoint is durable.
+        """Wait until the checkpoint is durable. Returns at once for a save that was skipped: ask for its ``state``.
 
         Raises:
             TimeoutError: not yet; the save goes on.
             CheckpointError: the save failed; the checkpoint does not exist.
         """
-        if not self._done.wait(timeout_s):
+        if not self.wait(timeout_s):
             raise TimeoutError(f"The save of {self.path} is still being written after {timeout_s} s; it goes on.")
-        self._thread.join()
         if self._error is not None:
             raise self._error
 

@@ -1,35 +1,29 @@
-"""Save a tree: the whole flow on one screen.
+"""Save a tree: what happens before the caller may go on. The rest is in ``finish``.
 
 Source of the design: planning without communication follows from JAX's global shardings; splitting replicated bytes
-among their holders and reading back with any sharding are ByteCheckpoint's (NSDI 2025, sections 3.2 and 4.1); the
-commit without collectives is torchsnapshot's idea of a store-based barrier that carries errors.
+among their holders and reading back with any sharding are ByteCheckpoint's (NSDI 2025, sections 3.2 and 4.1).
 """
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from typing import Any
-from uuid import uuid4
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+from typing import Any, Literal, NamedTuple
 
-import numpy as np
-
-from jaxckpt.checkpoint import table
-from jaxckpt.checkpoint.codecs import encoder
-from jaxckpt.checkpoint.commit import Before, commit, examine
-from jaxckpt.checkpoint.leaves import Compression, Described, describe, sharding_record
+from jaxckpt.checkpoint.commit import examine
+from jaxckpt.checkpoint.finish import Work, finish
+from jaxckpt.checkpoint.leaves import Compression, Described, describe
 from jaxckpt.checkpoint.lineage import Lineage, lineage_record
 from jaxckpt.checkpoint.pending import PendingSave
 from jaxckpt.coordination.jax_client import current_coordinator
 from jaxckpt.coordination.session import Session, session_name
-from jaxckpt.core.errors import CheckpointError, CoordinationError
-from jaxckpt.core.events import Committed, Flushed, emit
-from jaxckpt.format.orbax_metadata import COMMIT_MARKER
-from jaxckpt.format.sidecar import FILE_NAME
+from jaxckpt.core.errors import InvalidArgumentError
+from jaxckpt.core.events import Captured, SaveSkipped, emit
 from jaxckpt.plan.save import SavePlan, plan_save
-from jaxckpt.storage.store import AbstractDataWriter, AbstractStore
 from jaxckpt.storage.url import Location, StorageOptions, location_text, open_store
-from jaxckpt.transfer.capture import Piece, capture
-from jaxckpt.transfer.write import Written, write_chunks
+from jaxckpt.transfer.capture import MODES, Landing, Mode, capture_tree, capture_waiting
+from jaxckpt.transfer.in_step import Snapshot
+from jaxckpt.transfer.staging import STAGING, default_budget_bytes
 
 TIMEOUT_S = 600.0
 
@@ -69,9 +63,21 @@ def save(
         CoordinationError: another process failed or did not come in time; names it and its stage.
 
     Example:
+        >>> import numpy as np
         >>> save("memory://docs/save", {"w": np.ones((2, 3)), "step": 7})
     """
-    begin(path, tree, overwrite, step, metadata, parents, compression, options, timeout_s, frozen=False)()
+    what = Request(
+        path=path,
+        tree=tree,
+        overwrite=overwrite,
+        step=step,
+        metadata=metadata,
+        parents=parents,
+        compression=compression,
+        options=options,
+        timeout_s=timeout_s,
+    )
+    begin(what, None).finish()
 
 
 def save_async(
@@ -85,195 +91,234 @@ def save_async(
     compression: Compression = None,
     options: StorageOptions | None = None,
     timeout_s: float = TIMEOUT_S,
+    capture: Mode = "auto",
+    when_busy: Literal["wait", "skip"] = "wait",
+    host_budget_bytes: int | None = None,
+    device_budget_bytes: int | None = None,
 ) -> PendingSave:
     """Save a tree in the background. The tree is captured when this returns: donate or change it freely.
 
-    Arguments and errors are those of ``save``; errors of the background part come from ``PendingSave.result``.
+    Other arguments and errors are those of ``save``; errors of the background part come from ``PendingSave.result``.
+
+    Args:
+        path: see ``save``.
+        tree: see ``save``; also the ``Snapshot`` that a step wrapped by ``with_capture`` returns.
+        overwrite: see ``save``.
+        step: see ``save``.
+        metadata: see ``save``.
+        parents: see ``save``.
+        compression: see ``save``.
+        options: see ``save``.
+        timeout_s: see ``save``.
+        capture: how the tree is made safe; all give the same bytes. "auto": no copy on CPU, "pinned" elsewhere.
+            "pinned": to host memory, and the call waits for it. "clone": copied on the devices, moved while training
+            goes on. "split": transfers are queued and training goes on at once, until a step that donates the tree,
+            which XLA holds back until they are done: call it before the gradient step of a loop whose update is a
+            step of its own. "in_step": for a snapshot of ``with_capture``.
+        when_busy: what to do where earlier saves hold so much host memory that this one would have to wait: wait, or
+            skip it (``state`` is "skipped", and a ``SaveSkipped`` event tells). Process 0 decides for all.
+        host_budget_bytes: host memory for the captured bytes of all saves of this process; give each process of a
+            host its share. None: half of the machine's memory. A larger tree passes through it piece by piece, while
+            this call waits.
+        device_budget_bytes: device memory for "clone", per device. None: half of what is free. What does not fit is
+            moved before the call returns.
 
     Example:
+        >>> import numpy as np
         >>> pending = save_async("memory://docs/async", {"w": np.ones(3)})
         >>> pending.result(timeout_s=60)
         >>> pending.state
         'durable'
     """
-    work = begin(path, tree, overwrite, step, metadata, parents, compression, options, timeout_s, frozen=True)
-    return PendingSave(location_text(path), work)
+    started = time.perf_counter()
+    what = Request(
+        path=path,
+        tree=tree,
+        overwrite=overwrite,
+        step=step,
+        metadata=metadata,
+        parents=parents,
+        compression=compression,
+        options=options,
+        timeout_s=timeout_s,
+    )
+    budget = default_budget_bytes() if host_budget_bytes is None else host_budget_bytes
+    hold = Hold(mode=capture, when_busy=when_busy, budget_bytes=budget, device_budget_bytes=device_budget_bytes)
+    return start(what, hold, started)
 
 
-def begin(
-    path: Location,
-    tree: Any,
-    overwrite: bool,
-    step: int | None,
-    metadata: dict[str, Any] | None,
-    parents: Sequence[Lineage],
-    compression: Compression,
-    options: StorageOptions | None,
-    timeout_s: float,
-    *,
-    frozen: bool,
-) -> Callable[[], None]:
-    """Capture a tree, and return the rest of the save as a function to call in any thread."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """What to save, where to, and what else belongs to it.
+
+    ``attach`` is called on every process, in the background part, before it reports that it has written; ``seal`` on
+    process 0 after the commit, before the others are told. What they raise fails the save.
+    """
+
+    path: Location
+    tree: Any
+    overwrite: bool = False
+    step: int | None = None
+    metadata: dict[str, Any] | None = None
+    parents: Sequence[Lineage] = ()
+    compression: Compression = None
+    options: StorageOptions | None = None
+    timeout_s: float = TIMEOUT_S
+    attach: Callable[[], None] | None = None
+    seal: Callable[[], None] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hold:
+    """How the tree of a save in the background is held: the arguments of ``save_async``."""
+
+    mode: Mode = "auto"
+    when_busy: Literal["wait", "skip"] = "wait"
+    budget_bytes: int
+    device_budget_bytes: int | None = None
+
+
+class Begun(NamedTuple):
+    """A save that has begun: ``capture`` runs before the caller may go on, ``finish`` in any thread."""
+
+    finish: Callable[[], None]
+    capture: Callable[[], None] | None = None
+    rank: int = 0
+    size_bytes: int = 0
+    skipped: bool = False
+
+
+def start(what: Request, hold: Hold, started: float) -> PendingSave:
+    """Begin a save and leave the rest of it to a thread. ``started`` is when the caller began to be blocked."""
+    where = location_text(what.path)
+    begun = begin(what, hold)
+    pending = PendingSave(where, None if begun.skipped else begun.finish)
+    if begun.skipped:
+        emit(SaveSkipped(path=where, step=what.step, reason="earlier saves hold the host memory that it needs"))
+        return pending
+    if begun.capture is not None:
+        begun.capture()  # what goes wrong here fails the save, and comes from result()
+    emit(
+        Captured(
+            path=where,
+            process=begun.rank,
+            step=what.step,
+            size_bytes=begun.size_bytes,
+            seconds=time.perf_counter() - started,
+        )
+    )
+    return pending
+
+
+def begin(what: Request, hold: Hold | None) -> Begun:
+    """Plan and capture a save; ``hold`` is None where the caller waits until it has finished."""
     start_ns = time.time_ns()
+    snapshot = what.tree if isinstance(what.tree, Snapshot) else None
+    if hold is not None:
+        _check(hold, snapshot)
     coordinator = current_coordinator()
-    session = Session(coordinator, session_name(location_text(path))) if coordinator.size > 1 else None
+    rank = coordinator.rank
+    session = Session(coordinator, session_name(location_text(what.path))) if coordinator.size > 1 else None
     try:
         if session is not None:
             session.enter("capture")
-        store = open_store(path, options)
-        before = examine(store, overwrite=overwrite)
-        described = describe(tree, compression)
-        plan = plan_save(described.specs, rank=coordinator.rank, processes=coordinator.size)
-        pieces = capture(described.arrays, plan, frozen=frozen)
-        lineage = lineage_record(step, metadata, parents, processes=coordinator.size)
+        store = open_store(what.path, what.options)
+        before = examine(store, overwrite=what.overwrite)
+        described = describe(what.tree if snapshot is None else snapshot.tree, what.compression)
+        if snapshot is not None:
+            described = _as_before(described, snapshot)
+        plan = _planned(tuple(described.specs), rank=rank, processes=coordinator.size)
+        lineage = lineage_record(what.step, what.metadata, what.parents, processes=coordinator.size)
+        size = int(plan.load_bytes[rank])
+        if hold is None:
+            landing = capture_waiting(described.arrays, plan)
+        else:
+            room = _admit(session, rank, size, hold, what.timeout_s)
+            if room is None:
+                return Begun(lambda: None, skipped=True)
+            landing = _captured(described.arrays, plan, hold, room)
     except BaseException as error:
         if session is not None:
             session.fail(error)
             session.close()
         raise
-    described = described._replace(arrays=[])  # the pieces hold the bytes from here on
-    opened: list[str] = []
-
-    def flush() -> Written:
-        return _flush(store, described, plan, pieces, coordinator.rank, opened)
-
-    def publish(tables: list[Written]) -> None:
-        opened[:] = [name for written in tables for name in written.files]  # all that a failure now would leave
-        _commit(store, described, plan, tables, before, lineage, start_ns)
-
-    def finish() -> None:
-        try:
-            if session is None:
-                publish([flush()])
-            else:
-                _agree(session, coordinator.rank, described, flush, publish, opened, timeout_s)
-        except Exception as error:
-            _clean_up(store, before, opened, error, alone=session is None)
-            raise
-
-    return finish
-
-
-def _agree(
-    session: Session,
-    rank: int,
-    described: Described,
-    flush: Callable[[], Written],
-    publish: Callable[[list[Written]], None],
-    opened: list[str],
-    timeout_s: float,
-) -> None:
-    """Write on all processes, commit on process 0 once all have written, end when it has."""
-    committing = False
-    try:
-        session.enter("write")
-        session.arrive("write", table.pack(flush(), table.marks(described)))
-        session.enter("commit")
-        if rank == 0:
-            told = session.collect("write", timeout_s=timeout_s)
-            table.check_alike([table.unpack_marks(data) for data in told], described)
-            committing = session.claim()
-            if not committing:
-                raise CoordinationError("Another process gave this save up before it was committed.")
-            publish([table.unpack(data) for data in told])
-            session.arrive("commit")
-        else:
-            _wait_for_commit(session, timeout_s)
-    except Exception as error:
-        if not committing and not session.abandon():
-            # Process 0 may be committing these files right now: they stay, and the next save there sweeps them.
-            opened.clear()
-        session.fail(error)
-        raise
-    finally:
-        session.close()
-
-
-def _wait_for_commit(session: Session, timeout_s: float) -> None:
-    try:
-        session.wait("commit", rank=0, timeout_s=timeout_s)
-    except CoordinationError:
-        # If some process has not written, it is to blame, and not process 0, which waits for it as well.
-        session.collect("write", timeout_s=0)
-        raise
-
-
-def _flush(
-    store: AbstractStore, described: Described, plan: SavePlan, pieces: list[list[Piece]], rank: int, opened: list[str]
-) -> Written:
-    start = time.perf_counter()
-
-    def open_file() -> AbstractDataWriter:
-        opened.append(f"ocdbt.process_{rank}/d/{uuid4().hex}")
-        return store.open_data(opened[-1])
-
-    written = write_chunks(
-        open_file,
-        plan,
-        pieces,
-        encoders=[None if e.zstd_level is None else encoder(e.zstd_level) for e in described.entries],
-        threads=store.parallel_io if int(plan.load_bytes[rank]) > 8 * 1024 * 1024 else 1,
-        file_bytes=store.data_file_bytes,
-    )
-    store.sync()
-    emit(
-        Flushed(path=store.url, process=rank, size_bytes=int(written.length.sum()), seconds=time.perf_counter() - start)
-    )
-    return written
-
-
-def _commit(
-    store: AbstractStore,
-    described: Described,
-    plan: SavePlan,
-    tables: list[Written],
-    before: Before,
-    lineage: dict[str, Any],
-    start_ns: int,
-) -> None:
-    shardings: list[dict[str, Any]] = []
-    known: dict[Any, int] = {}
-    entries = []
-    for entry, spec, chunk in zip(described.entries, described.specs, plan.chunks, strict=True):
-        place = -1
-        if spec.sharding is not None:
-            place = known.setdefault(spec.sharding, len(shardings))
-            if place == len(shardings):
-                shardings.append(sharding_record(spec.sharding))
-        entries.append(replace(entry, chunk=chunk, sharding=place) if entry.stored else entry)
-    files, chunks = table.join(tables, entries)
-    commit(
-        store,
-        described,
-        entries,
-        files,
-        chunks,
+    work = Work(
+        store=store,
+        session=session,
+        rank=rank,
         before=before,
-        shardings=tuple(shardings),
-        start_ns=start_ns,
-        now_ns=time.time_ns(),
+        described=described._replace(arrays=[]),  # the pieces hold the bytes from here on
+        plan=plan,
+        pieces=landing.pieces,
+        later=landing.later,
         lineage=lineage,
+        start_ns=start_ns,
+        timeout_s=what.timeout_s,
+        attach=what.attach,
+        seal=what.seal,
     )
-    size = int(np.sum(chunks.length, dtype=np.int64))
-    emit(
-        Committed(path=store.url, size_bytes=size, seconds=(time.time_ns() - start_ns) / 1e9, step=lineage.get("step"))
-    )
+    return Begun(partial(finish, work), landing.now, rank, size)
 
 
-def _clean_up(store: AbstractStore, before: Before, opened: list[str], error: Exception, *, alone: bool) -> None:
-    """Give back the space of a failed save, unless it turns out to have committed."""
+_planned = lru_cache(maxsize=8)(plan_save)
+
+
+def _check(hold: Hold, snapshot: Snapshot | None) -> None:
+    if hold.mode not in MODES:
+        raise InvalidArgumentError(f"capture={hold.mode!r} is none of {', '.join(MODES)}.")
+    if hold.when_busy not in ("wait", "skip"):
+        raise InvalidArgumentError(f'when_busy={hold.when_busy!r} is neither "wait" nor "skip".')
+    if hold.budget_bytes <= 0:
+        raise InvalidArgumentError(f"host_budget_bytes={hold.budget_bytes} leaves no memory to capture into.")
+    if hold.mode == "in_step" and snapshot is None:
+        raise InvalidArgumentError(
+            'capture="in_step" saves what a step captured: wrap the step, step = jaxckpt.with_capture(step), and pass '
+            "the second value of step.capture(state, ...) in place of the tree."
+        )
+    if hold.mode not in ("auto", "in_step") and snapshot is not None:
+        raise InvalidArgumentError(
+            f'capture={hold.mode!r} was asked for a snapshot of with_capture, which is captured: leave it "auto".'
+        )
+
+
+def _as_before(described: Described, snapshot: Snapshot) -> Described:
+    """Entries and specs that tell where the arrays of a snapshot lay before the step took them to the host."""
+    entries, specs = list(described.entries), list(described.specs)
+    for i, array in enumerate(described.arrays):
+        home = snapshot.shardings.get(id(array))
+        if home is not None:
+            entries[i] = replace(entries[i], memory_kind=home.memory_kind or "")
+            specs[i] = replace(specs[i], sharding=home)
+    return described._replace(entries=entries, specs=specs)
+
+
+def _admit(session: Session | None, rank: int, size: int, hold: Hold, timeout_s: float) -> int | None:
+    """Room for the bytes of this process; None where the save is skipped, on all processes or on none."""
+    wait = hold.when_busy == "wait"
+    if session is None or wait:
+        return STAGING.admit(size, hold.budget_bytes, wait=wait)
+    if rank == 0:
+        room = STAGING.admit(size, hold.budget_bytes, wait=False)
+        session.arrive("admit", b"skip" if room is None else b"go")
+    elif session.wait("admit", rank=0, timeout_s=timeout_s) == b"go":
+        room = STAGING.admit(size, hold.budget_bytes, wait=True)
+    else:
+        room = None
+    if room is None:
+        session.close()
+    return room
+
+
+def _captured(arrays: list[Any], plan: SavePlan, hold: Hold, room_bytes: int) -> Landing:
     try:
-        if before.committed:
-            sidecar = store.read(FILE_NAME) if store.exists(FILE_NAME) else b""
-            committed = any(name.encode() in sidecar for name in opened)
-        else:
-            committed = store.exists(COMMIT_MARKER)
-        if committed:
-            error.add_note(f"The checkpoint at {store.url} was committed before this error and is whole.")
-        elif alone and not before.names:
-            store.delete_prefix("")
-        else:
-            for name in opened:
-                store.delete(name)
-    except CheckpointError as second:
-        error.add_note(f"What the failed save left at {store.url} could not be removed: {second}")
+        return capture_tree(
+            arrays,
+            plan,
+            mode=hold.mode,
+            room_bytes=room_bytes,
+            budget_bytes=hold.budget_bytes,
+            device_budget_bytes=hold.device_budget_bytes,
+        )
+    except BaseException:
+        STAGING.give_back(room_bytes)
+        raise

@@ -1,76 +1,279 @@
-"""Device -> host: the parts of each array that this process writes, as host views that training cannot change.
+"""Device -> host: the parts of each array that this process writes, in bytes that training cannot change.
 
-On CPU no byte is copied: ``np.asarray`` of a shard is a view that holds a reference on the XLA buffer, and XLA refuses
-to reuse a donated buffer while such a reference lives (it copies instead), so the view keeps its bytes whatever the
-caller does with the array. On accelerators the copies of all shards are started before the first is awaited.
-Host (numpy) arrays may be written by their owner at any time, so they are copied when ``frozen`` is asked for.
+Modes, all giving the same bytes (docs/decisions/0005-capture-on-cpu.md tells how each is safe from donation):
+
+========  =============================================================================  ======================
+mode      how                                                                            the caller waits for
+========  =============================================================================  ======================
+auto      CPU: views, no copy; XLA copies a donated buffer instead of reusing it while   the arrays themselves
+          a view of it lives, which is tried out before it is relied on; else "pinned"
+pinned    buckets to ``pinned_host``, and from there to warm host memory                 all transfers
+clone     copies on the device within a budget, moved in the background                  what exceeds the budget
+split     all transfers queued; XLA makes an update that donates wait for them           nothing
+in_step   the step itself returned the old state in ``pinned_host``                      nothing
+========  =============================================================================  ======================
+
+Numpy arrays may be written by their owner at any time, so all modes copy them to host memory of their own.
+
+Source of "split": DataStates-LLM (HPDC 2024), section 4.2, lazy copies that overlap with forward and backward passes.
 """
 
-from collections.abc import Sequence
-from functools import lru_cache
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import lru_cache, partial
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
 from jax.sharding import Sharding
 
 from jaxckpt.core.box import Box, intersect
+from jaxckpt.core.dtypes import mover
 from jaxckpt.plan.save import SavePlan
 from jaxckpt.plan.shards import device_boxes
+from jaxckpt.transfer.feed import Feed, Piece
+from jaxckpt.transfer.send import Part, Sent, gather, host_view, is_on_host, pieces_of, pinned
+from jaxckpt.transfer.staging import STAGING
+
+Mode = Literal["auto", "pinned", "clone", "split", "in_step"]
+MODES = ("auto", "pinned", "clone", "split", "in_step")
+BUCKET_BYTES = 64 * 1024 * 1024
+_ALIGNMENT = 64
 
 
-class Piece(NamedTuple):
-    """A box of an array and its bytes on the host."""
+class Landing(NamedTuple):
+    """``pieces[i]`` are those of array ``i``. ``now`` runs before the caller may go on, ``later`` while it does."""
 
-    box: Box
-    data: np.ndarray
+    pieces: Feed | list[list[Piece]]
+    now: Callable[[], None] | None = None
+    later: Callable[[], None] | None = None
 
 
-def capture(arrays: Sequence[Any], plan: SavePlan, *, frozen: bool) -> list[list[Piece]]:
-    """Host pieces that cover this process's chunks of each array.
+def capture_tree(
+    arrays: Sequence[Any],
+    plan: SavePlan,
+    *,
+    mode: Mode,
+    room_bytes: int,
+    budget_bytes: int,
+    device_budget_bytes: int | None = None,
+) -> Landing:
+    """Make the parts that this process writes safe from donation and from changes.
 
     Args:
         arrays: jax or numpy arrays, in the order of the plan.
         plan: what this process writes.
-        frozen: copy numpy arrays, so that the caller may change them afterwards.
+        mode: see the module.
+        room_bytes: host memory that this save was admitted with, see ``Staging.admit``.
+        budget_bytes: host memory of all saves.
+        device_budget_bytes: device memory that "clone" may use per device; None: half of what is free there.
     """
-    shards = [_shards(array, plan, i) if len(plan.mine[i]) else [] for i, array in enumerate(arrays)]
-    if jax.default_backend() != "cpu":
-        for pieces in shards:
-            for _, data in pieces:
-                if isinstance(data, jax.Array):
-                    data.copy_to_host_async()
-    return [
-        [Piece(box, np.asarray(data) if isinstance(data, jax.Array) else _host(data, frozen)) for box, data in pieces]
-        for pieces in shards
-    ]
+    parts = parts_to_write(arrays, plan)
+    feed = _feed(plan, parts, room_bytes=room_bytes, reserved_bytes=room_bytes)
+    flat = [part for of_leaf in parts for part in of_leaf]
+    cpu = jax.default_backend() == "cpu"
+    if mode == "auto" and views_are_safe():
+        kept = [p for p in flat if isinstance(p.source, jax.Array) and (cpu or _platform(p.source) == "cpu")]
+        feed.land([(part.leaf, Piece(part.box, host_view(part.source, part.taken))) for part in kept])
+        if len(kept) == len(flat):
+            return Landing(feed)
+        kept_ids = {id(part) for part in kept}
+        flat = [part for part in flat if id(part) not in kept_ids]
+    here = [part for part in flat if is_on_host(part.source)]
+    device = [part for part in flat if not is_on_host(part.source)]
+    if mode == "in_step":
+        arrived = [Sent(p.source, (p,), whole=True) for p in here if isinstance(p.source, jax.Array)]
+        copied = [p for p in here if not isinstance(p.source, jax.Array)] + device
+        later = _landing_views(feed, arrived)
+    elif mode == "split":
+        copied = here
+        later = _landing_views(feed, [one for bucket in _buckets(device, copies=False) for one in pinned(bucket)])
+    elif mode == "clone":
+        cloned, beyond = _within(device, device_budget_bytes)
+        copied = here + beyond
+        later = _landing_copies(feed, _emptying(list(_buckets(cloned, copies=True))), budget_bytes)
+    else:
+        copied, later = here + device, None
+    return Landing(feed, now=_landing_copies(feed, _buckets(copied, copies=False), budget_bytes), later=later)
 
 
-def _shards(array: Any, plan: SavePlan, index: int) -> list[tuple[Box, Any]]:
-    """The distinct local shards that this process's chunks touch."""
-    if not isinstance(array, jax.Array):
-        return [(Box((0,) * array.ndim, array.shape), array)]
-    if len(array.sharding.device_set) == 1:
-        return [(Box((0,) * array.ndim, array.shape), array)]
-    chosen = _touched(array.sharding, array.shape, plan.chunks[index], plan.grids[index], plan.mine[index].tobytes())
-    return [(box, array.addressable_data(k)) for k, box in chosen]
+def capture_waiting(arrays: Sequence[Any], plan: SavePlan) -> Landing:
+    """The same for a caller that waits until all is written: nothing is copied but what must leave its device."""
+    parts = parts_to_write(arrays, plan)
+    if jax.default_backend() == "cpu":
+        return Landing([[Piece(p.box, host_view(p.source, p.taken)) for p in these] for these in parts])
+    flat = [part for these in parts for part in these]
+    feed = _feed(plan, parts, room_bytes=4 * BUCKET_BYTES, reserved_bytes=0)
+    host = [part for part in flat if isinstance(part.source, np.ndarray)]
+    feed.land([(p.leaf, Piece(p.box, p.source)) for p in host])
+    device = [part for part in flat if not isinstance(part.source, np.ndarray)]
+    return Landing(feed, later=_landing_copies(feed, _buckets(device, copies=False), 6 * BUCKET_BYTES))
+
+
+def parts_to_write(arrays: Sequence[Any], plan: SavePlan) -> list[list[Part]]:
+    """Of every array, the distinct local shards that this process's chunks touch, each from one of its holders."""
+    found: list[list[Part]] = []
+    for leaf, array in enumerate(arrays):
+        mine = plan.mine[leaf]
+        if not len(mine):
+            found.append([])
+        elif isinstance(array, jax.Array):
+            shards = _touched(array.sharding, array.shape, plan.chunks[leaf], plan.grids[leaf], mine.tobytes())
+            # Copies of a shard lie on several devices: leaves take them in turn, so that each link carries its share.
+            found.append([Part(leaf, box, array.addressable_data(ks[leaf % len(ks)]), cut) for ks, box, cut in shards])
+        else:
+            found.append([Part(leaf, Box((0,) * array.ndim, array.shape), array, None)])
+    return found
+
+
+@lru_cache(maxsize=1)
+def views_are_safe() -> bool:
+    """Whether XLA leaves the buffer of a donated CPU array alone while a numpy view of it lives.
+
+    Tried on this very runtime: one array of a page is viewed, donated and computed over.
+    """
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        step = jax.jit(lambda x: x ^ np.uint32(0xFFFFFFFF), donate_argnums=0)
+        array = step(np.arange(1024, dtype=np.uint32))  # memory of XLA's own, which it could reuse
+        view = host_view(array)
+        before = view.copy()
+        step(array).block_until_ready()
+    return bool((view == before).all())
 
 
 @lru_cache(maxsize=4096)
 def _touched(
     sharding: Sharding, shape: tuple[int, ...], chunk: tuple[int, ...], grid: tuple[int, ...], mine: bytes
-) -> list[tuple[int, Box]]:
-    """Which distinct local shards lie in the smallest box around these chunks; leaves of one shape share the answer."""
+) -> list[tuple[tuple[int, ...], Box, Box | None]]:
+    """(indices of local shards that hold it, box in the array, box in the shard or None for all) of every piece.
+
+    A shard counts as far as it lies in the smallest box around these chunks. Leaves of one shape share the answer.
+    """
     places = np.unravel_index(np.frombuffer(mine, np.int64), grid) if grid else ()
     start = tuple([int(p.min()) * c for p, c in zip(places, chunk, strict=True)])
     stop = [min((int(p.max()) + 1) * c, n) for p, c, n in zip(places, chunk, shape, strict=True)]
     wanted = Box(start, tuple([b - a for a, b in zip(start, stop, strict=True)]))
-    found: dict[Box, int] = {}
+    holders: dict[Box, list[int]] = {}
     for k, box in enumerate(device_boxes(sharding, shape).values()):
-        if box not in found and intersect(box, wanted) is not None:
-            found[box] = k
-    return [(k, box) for box, k in found.items()]
+        holders.setdefault(box, []).append(k)
+    found: list[tuple[tuple[int, ...], Box, Box | None]] = []
+    for box, ks in holders.items():
+        both = intersect(box, wanted)
+        if both is None:
+            continue
+        if both == box:
+            found.append((tuple(ks), box, None))
+        else:
+            inner = Box(tuple([a - o for a, o in zip(both.start, box.start, strict=True)]), both.shape)
+            found.append((tuple(ks), both, inner))
+    return found
 
 
-def _host(data: np.ndarray, frozen: bool) -> np.ndarray:
-    return np.array(data, order="C") if frozen else np.ascontiguousarray(data).reshape(data.shape)
+def _feed(plan: SavePlan, parts: list[list[Part]], *, room_bytes: int, reserved_bytes: int) -> Feed:
+    return Feed(
+        [len(mine) for mine in plan.mine],
+        [len(these) for these in parts],
+        staging=STAGING,
+        room_bytes=room_bytes,
+        reserved_bytes=reserved_bytes,
+        coming_bytes=sum([part.size_bytes for these in parts for part in these]),
+    )
+
+
+def _buckets(parts: Sequence[Part], *, copies: bool) -> Iterator[list[Sent]]:
+    """Parts in order, gathered in buckets of about BUCKET_BYTES when they are asked for."""
+    bucket: list[Part] = []
+    size = 0
+    for part in parts:
+        bucket.append(part)
+        size += part.size_bytes
+        if size >= BUCKET_BYTES:
+            yield gather(bucket, copies=copies)
+            bucket, size = [], 0
+    if bucket:
+        yield gather(bucket, copies=copies)
+
+
+def _emptying(buckets: list[list[Sent]]) -> Iterator[list[Sent]]:
+    """Buckets that nobody holds once they are taken: copies on a device are freed one by one."""
+    while buckets:
+        yield buckets.pop(0)
+
+
+def _within(parts: Sequence[Part], budget_bytes: int | None) -> tuple[list[Part], list[Part]]:
+    """The parts whose copies fit on their devices, and the others."""
+    left: dict[jax.Device, float] = {}
+    fitting: list[Part] = []
+    beyond: list[Part] = []
+    for part in parts:
+        device = next(iter(part.source.devices()))
+        if device not in left:
+            left[device] = _free_bytes(device) / 2 if budget_bytes is None else budget_bytes
+        size = part.size_bytes
+        (fitting if size <= left[device] else beyond).append(part)
+        if size <= left[device]:
+            left[device] -= size
+    return fitting, beyond
+
+
+def _free_bytes(device: jax.Device) -> float:
+    stats = device.memory_stats() or {}
+    return stats.get("bytes_limit", float("inf")) - stats.get("bytes_in_use", 0)
+
+
+def _landing_views(feed: Feed, sent: Iterable[Sent]) -> Callable[[], None]:
+    """What lands these, as they are, once their transfers have ended."""
+    coming = list(sent)
+
+    def land() -> None:
+        while coming:
+            one = coming.pop(0)
+            feed.land(pieces_of(one, host_view(one.data)))
+
+    return partial(_telling, feed, land)
+
+
+def _landing_copies(feed: Feed, buckets: Iterator[list[Sent]], budget_bytes: int) -> Callable[[], None]:
+    """What moves these to the host and lands copies in warm memory: one bucket is copied while the next one moves."""
+
+    def land() -> None:
+        moving: list[Sent] | None = None
+        for bucket in buckets:
+            following = pinned(bucket)
+            bucket.clear()
+            if moving is not None and not _land_copy(feed, moving, budget_bytes):
+                return
+            moving = following
+        if moving is not None:
+            _land_copy(feed, moving, budget_bytes)
+
+    return partial(_telling, feed, land)
+
+
+def _telling(feed: Feed, land: Callable[[], None]) -> None:
+    """Land; what goes wrong reaches whoever waits for the bytes."""
+    try:
+        land()
+    except BaseException as error:  # noqa: BLE001 raised by the writers, and with that by the save
+        feed.fail(error)
+
+
+def _land_copy(feed: Feed, sent: list[Sent], budget_bytes: int) -> bool:
+    size = sum([part.size_bytes for one in sent for part in one.parts])
+    if not feed.wait_for_room(size):
+        return False
+    buffer = STAGING.lend(size + _ALIGNMENT * len(sent), budget_bytes)
+    pieces: list[tuple[int, Piece]] = []
+    start = 0
+    while sent:
+        one = sent.pop(0)  # what was moved is dropped as soon as it is copied
+        data = host_view(one.data)
+        copy = buffer[start : start + data.nbytes].view(data.dtype).reshape(data.shape)
+        np.copyto(copy.view(mover(data.dtype)), data.view(mover(data.dtype)))
+        pieces += pieces_of(one, copy)
+        start += -(-data.nbytes // _ALIGNMENT) * _ALIGNMENT
+    feed.land(pieces, buffer)
+    return True
+
+
+def _platform(array: jax.Array) -> str:
+    return next(iter(array.devices())).platform

@@ -7,8 +7,8 @@ buffer first. Nothing else is staged, so the memory used is one arena buffer per
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import cache, lru_cache
+from dataclasses import dataclass, field
+from functools import cache, lru_cache, partial
 from typing import Protocol
 
 import numpy as np
@@ -18,7 +18,7 @@ from jaxckpt.core.checksum import crc32c
 from jaxckpt.core.dtypes import mover
 from jaxckpt.plan.save import SavePlan
 from jaxckpt.transfer.arena import ALIGNMENT, ARENA
-from jaxckpt.transfer.capture import Piece
+from jaxckpt.transfer.feed import Feed, Piece
 
 DIRECT_BYTES = 256 * 1024  # contiguous chunks from this size on are written from the shard itself
 BATCH_BYTES = 16 * 1024 * 1024  # work that a thread takes at a time
@@ -58,7 +58,7 @@ class Written:
 def write_chunks(
     open_file: Callable[[], DataWriter],
     plan: SavePlan,
-    pieces: list[list[Piece]],
+    pieces: Feed | list[list[Piece]],
     *,
     encoders: Sequence[Callable[[np.ndarray], bytes] | None],
     threads: int,
@@ -69,7 +69,7 @@ def write_chunks(
     Args:
         open_file: opens a new data file.
         plan: chunk shapes, and the chunks of this process.
-        pieces: host bytes of each array.
+        pieces: host bytes of each array; from a feed, as they land there, and given back once they are written.
         encoders: per array, a compressor of a chunk's bytes, or None to store them as they are.
         threads: workers; each writes files of its own.
         file_bytes: start another file at this size; None: never.
@@ -111,29 +111,33 @@ def write_chunks(
     return Written(files=tuple(files), leaf=leaf, chunk=chunk, file=file, offset=offset, length=length, crc32c=crc)
 
 
+@dataclass(slots=True, eq=False)
 class _Worker:
     """One thread's data file, its write buffer and the rows it has produced."""
 
-    def __init__(self, open_file, plan, pieces, encoders, file_bytes) -> None:
-        self._open, self._plan, self._pieces, self._encoders, self._file_bytes = (
-            open_file,
-            plan,
-            pieces,
-            encoders,
-            file_bytes,
-        )
-        self._file: DataWriter | None = None
-        self._end = 0  # bytes in the file and in the buffer
-        self.files: list[str] = []
-        self.rows: list[tuple[int, int, int, int, int, int]] = []
+    _open: Callable[[], DataWriter]
+    _plan: SavePlan
+    _pieces: Feed | list[list[Piece]]
+    _encoders: Sequence[Callable[[np.ndarray], bytes] | None]
+    _file_bytes: int | None
+    _file: DataWriter | None = None
+    _end: int = 0  # bytes in the file and in the buffer
+    _buffer: np.ndarray = field(default_factory=partial(np.empty, 0, np.uint8))
+    _fill: int = 0
+    files: list[str] = field(default_factory=list)
+    rows: list[tuple[int, int, int, int, int, int]] = field(default_factory=list)
 
     def write(self, batch: list[tuple[int, np.ndarray]]) -> None:
         largest = max([self._plan.chunk_bytes[leaf] for leaf, _ in batch])
-        with ARENA.borrow(largest + 2 * ALIGNMENT) as buffer:
-            self._buffer, self._fill = buffer, 0
-            for leaf, chunks in batch:
-                self._leaf(leaf, chunks)
-            self._flush()
+        try:
+            with ARENA.borrow(largest + 2 * ALIGNMENT) as buffer:
+                self._buffer, self._fill = buffer, 0
+                for leaf, chunks in batch:
+                    self._leaf(leaf, chunks)
+                self._flush()
+        finally:
+            if isinstance(self._pieces, Feed):
+                self._pieces.written([(leaf, len(chunks)) for leaf, chunks in batch])
 
     def finish(self) -> None:
         if self._file is not None:
