@@ -27,7 +27,6 @@ from jaxckpt.transfer.upload import Target
 BUCKET_BYTES = 1024 * 1024  # of one source; a larger stored chunk makes a larger bucket
 SLOT_BYTES = 16 * 1024 * 1024  # rows of all sources that are read together; there are two slots
 LARGEST_CELL_BYTES = 8 * 1024 * 1024
-_THREADS = 4
 
 
 class Piece(NamedTuple):
@@ -77,7 +76,9 @@ def stream_sums(
 
     ``open_destinations`` gives P destinations and the boxes that they hold; ``close`` gets them filled.
     """
-    with ThreadPoolExecutor(_THREADS, thread_name_prefix="jaxckpt-average") as pool, jax.enable_x64(True):
+    stores = [getattr(source, "store", None) for source in sources]
+    threads = max(getattr(store, "parallel_io", 2) for store in stores)
+    with ThreadPoolExecutor(min(threads, 16), thread_name_prefix="jaxckpt-average") as pool, jax.enable_x64(True):
         stream = _Stream(sources, close, how, pool)
         try:
             for group in _alike(sums):
@@ -164,6 +165,7 @@ class _Stream:
         self.sources, self.close, self.how, self.pool = sources, close, how, pool
         self.read_bytes: dict[int, int] = {}
         self.slots = [Slot(np.zeros(0, np.uint8), []) for _ in range(2)]
+        self.parts: dict[Any, jax.Array] = {}  # weights, on the device
         self.turn = 0
         self.cpu = jax.local_devices(backend="cpu")[0]
         self.pending: Callable[[], None] | None = None  # the program of the step that is being read
@@ -242,7 +244,10 @@ class _Stream:
         dtype = one.dtypes[group[0]]
         words = dtype.name == "bfloat16" and len(set(one.dtypes)) == 1 and self.how == "float64"
         data, doubled = _viewed(rows, dtype, words)
-        parts = split_weights(one.weights[:, list(group)])
+        key = (one.weights.tobytes(), tuple(group))
+        if key not in self.parts:
+            self.parts[key] = jax.device_put(split_weights(one.weights[:, list(group)]), self.cpu)
+        parts = self.parts[key]
         out = (one.dtype if not doubled or one.dtype.kind != "c" else np.finfo(one.dtype).dtype) if last else None
         staged = jax.device_put(data, self.cpu, may_alias=True)
         program = _add_words if words else _add_rows
