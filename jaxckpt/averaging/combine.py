@@ -80,8 +80,8 @@ def interpolate(a: PyTree, b: PyTree, t: Any, *, preserve_variance: bool = False
         b: a tree of the same structure and shapes.
         t: a number or a scalar array; outside [0, 1] it extrapolates. At 0 and 1 the result is ``a`` and ``b`` exactly.
         preserve_variance: divide by ``sqrt((1 - t)^2 + t^2)``, which keeps the variance of independent weights
-            ("Random Teachers are Good Teachers", arXiv 2302.12091, section on locality: initialisation between a
-            teacher and a fresh network).
+            ("Random Teachers are Good Teachers", arXiv 2302.12091, whose students start between a teacher
+            and a fresh network).
 
     Example:
         >>> interpolate({"w": jnp.zeros(2)}, {"w": jnp.ones(2)}, 0.25)["w"].tolist()
@@ -118,9 +118,9 @@ class Barrier(NamedTuple):
 def barrier(a: PyTree, b: PyTree, loss_fn: Callable[[PyTree], Any], *, n: int = 21) -> Barrier:
     """How far the loss between two trees rises above the line between their losses.
 
-    ``height = max_t [L((1 - t) a + t b) - ((1 - t) L(a) + t L(b))]``, 0 or less for two points of one basin (Frankle et
-    al., "Linear mode connectivity and the lottery ticket hypothesis", ICML 2020, section 2, definition 2.2 with the
-    line for the mean, as in Entezari et al., ICLR 2022, equation 1).
+    ``height = max_t [L((1 - t) a + t b) - ((1 - t) L(a) + t L(b))]``, 0 or less for two points of one basin. Linear
+    mode connectivity: Frankle et al., ICML 2020, arXiv 1912.05671, section 2; used between students of one teacher in
+    "Random Teachers are Good Teachers", arXiv 2302.12091.
 
     Args:
         a: a tree.

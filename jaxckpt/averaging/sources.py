@@ -19,6 +19,7 @@ from jaxckpt.core.dtypes import dtype_of, mover
 from jaxckpt.core.errors import InvalidArgumentError
 from jaxckpt.core.tree import build, flatten
 from jaxckpt.format.sidecar import LeafEntry
+from jaxckpt.storage.store import AbstractStore
 from jaxckpt.storage.url import StorageOptions
 from jaxckpt.transfer.upload import Target
 
@@ -27,7 +28,7 @@ EvalParams = Callable[[PyTree], PyTree] | Sequence[Callable[[PyTree], PyTree] | 
 
 
 def open_sources(sources: Sequence[Any], eval_params: EvalParams, options: StorageOptions | None) -> list[Source]:
-    """Each of them opened: strings and paths are checkpoints, anything else is a tree."""
+    """Each of them opened: strings, paths and stores are checkpoints, anything else is a tree."""
     if isinstance(sources, str | os.PathLike | Mapping) or not isinstance(sources, Sequence) or not sources:
         raise InvalidArgumentError(
             f"sources is {sources!r}; it is a list of checkpoints (paths, URLs) and trees, one at least."
@@ -38,7 +39,7 @@ def open_sources(sources: Sequence[Any], eval_params: EvalParams, options: Stora
     found: list[Source] = []
     programs: dict[Any, Any] = {}
     for place, (source, function) in enumerate(zip(sources, functions, strict=True)):
-        is_path = isinstance(source, str | os.PathLike)
+        is_path = isinstance(source, str | os.PathLike | AbstractStore)
         opened = open_path(source, options) if is_path else LiveSource(source, f"tree {place} of sources")
         found.append(opened if function is None else MappedSource(opened, function, programs))
     return found
