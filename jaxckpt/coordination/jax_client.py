@@ -53,6 +53,18 @@ def current_coordinator(*, answer_timeout_s: float = _ANSWER_TIMEOUT_S) -> Abstr
     return JaxCoordinator(state.client, state.process_id, size=state.num_processes, answer_timeout_s=answer_timeout_s)
 
 
+def preemption_service() -> Callable[[int], bool] | None:
+    """JAX's preemption service (``jax_enable_preemption_service``) where this job has it, as a function of the step.
+
+    It hears SIGTERM on any process, by a handler outside Python, and says at which step all should save.
+    """
+    if distributed.global_state.preemption_sync_manager is None:
+        return None
+    from jax.experimental import multihost_utils  # costs a tenth of a second, and few want it
+
+    return multihost_utils.reached_preemption_sync_point
+
+
 @final
 class JaxCoordinator(AbstractCoordinator):
     """One process's view of the store that process 0 of a jax.distributed job hosts.

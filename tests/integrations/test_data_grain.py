@@ -64,7 +64,7 @@ def _change_hosts(make: Any, hosts: list[int], steps: list[int]) -> list[int]:
 def test_no_sample_of_a_dataset_is_lost_or_repeated(
     build: str, hosts: list[int], length: int, epochs: int, steps: list[int]
 ) -> None:
-    dataset = grain.MapDataset.source(np.arange(length)).shuffle(seed=3).repeat(epochs)
+    dataset = grain.MapDataset.range(length).shuffle(seed=3).repeat(epochs)
 
     def make(rank: int, size: int) -> ElasticDataset:
         return ElasticDataset(dataset, BUILDS[build], rank=rank, size=size)

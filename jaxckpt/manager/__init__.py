@@ -1,0 +1,1 @@
+"""A run's checkpoints: which steps to save and to keep, preemption, retention."""
