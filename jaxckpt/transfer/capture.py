@@ -37,6 +37,7 @@ from jaxckpt.transfer.staging import STAGING
 Mode = Literal["auto", "pinned", "clone", "split", "in_step"]
 MODES = ("auto", "pinned", "clone", "split", "in_step")
 BUCKET_BYTES = 64 * 1024 * 1024
+_SMALLEST_BUCKET_BYTES = 1024 * 1024
 _ALIGNMENT = 64
 
 
@@ -78,6 +79,8 @@ def capture_tree(
             return Landing(feed)
         kept_ids = {id(part) for part in kept}
         flat = [part for part in flat if id(part) not in kept_ids]
+    # Several fit into the budget, so that some are written while others land.
+    bucket_bytes = max(min(BUCKET_BYTES, budget_bytes // 4), _SMALLEST_BUCKET_BYTES)
     here = [part for part in flat if is_on_host(part.source)]
     device = [part for part in flat if not is_on_host(part.source)]
     if mode == "in_step":
@@ -86,14 +89,18 @@ def capture_tree(
         later = _landing_views(feed, arrived)
     elif mode == "split":
         copied = here
-        later = _landing_views(feed, [one for bucket in _buckets(device, copies=False) for one in pinned(bucket)])
+        later = _landing_views(
+            feed, [one for bucket in _buckets(device, bucket_bytes, copies=False) for one in pinned(bucket)]
+        )
     elif mode == "clone":
         cloned, beyond = _within(device, device_budget_bytes)
         copied = here + beyond
-        later = _landing_copies(feed, _emptying(list(_buckets(cloned, copies=True))), budget_bytes)
+        later = _landing_copies(feed, _emptying(list(_buckets(cloned, bucket_bytes, copies=True))), budget_bytes)
     else:
         copied, later = here + device, None
-    return Landing(feed, now=_landing_copies(feed, _buckets(copied, copies=False), budget_bytes), later=later)
+    return Landing(
+        feed, now=_landing_copies(feed, _buckets(copied, bucket_bytes, copies=False), budget_bytes), later=later
+    )
 
 
 def capture_waiting(arrays: Sequence[Any], plan: SavePlan) -> Landing:
@@ -106,7 +113,7 @@ def capture_waiting(arrays: Sequence[Any], plan: SavePlan) -> Landing:
     host = [part for part in flat if isinstance(part.source, np.ndarray)]
     feed.land([(p.leaf, Piece(p.box, p.source)) for p in host])
     device = [part for part in flat if not isinstance(part.source, np.ndarray)]
-    return Landing(feed, later=_landing_copies(feed, _buckets(device, copies=False), 6 * BUCKET_BYTES))
+    return Landing(feed, later=_landing_copies(feed, _buckets(device, BUCKET_BYTES, copies=False), 6 * BUCKET_BYTES))
 
 
 def parts_to_write(arrays: Sequence[Any], plan: SavePlan) -> list[list[Part]]:
@@ -179,14 +186,14 @@ def _feed(plan: SavePlan, parts: list[list[Part]], *, room_bytes: int, reserved_
     )
 
 
-def _buckets(parts: Sequence[Part], *, copies: bool) -> Iterator[list[Sent]]:
-    """Parts in order, gathered in buckets of about BUCKET_BYTES when they are asked for."""
+def _buckets(parts: Sequence[Part], most_bytes: int, *, copies: bool) -> Iterator[list[Sent]]:
+    """Parts in order, gathered in buckets of about this size when they are asked for."""
     bucket: list[Part] = []
     size = 0
     for part in parts:
         bucket.append(part)
         size += part.size_bytes
-        if size >= BUCKET_BYTES:
+        if size >= most_bytes:
             yield gather(bucket, copies=copies)
             bucket, size = [], 0
     if bucket:

@@ -32,7 +32,7 @@ class CapturingStep:
 
     def __init__(self, step: Callable[..., Any], state: int, options: dict[str, Any]) -> None:
         self._step, self._state = step, state
-        self._plain = step if hasattr(step, "lower") else jax.jit(step, donate_argnums=state, **options)
+        self._plain: Any = step if hasattr(step, "lower") else jax.jit(step, donate_argnums=state, **options)
         self._variants: dict[Any, Callable[..., Any]] = {}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -50,13 +50,16 @@ class CapturingStep:
         homes = tuple([leaf.sharding if isinstance(leaf, jax.Array) else None for leaf in leaves])
         key = (structure, homes, tuple([_moves(leaf) for leaf in leaves]))
         if key not in self._variants:
-            self._variants[key] = self._compile(homes, key[2])
+            # Without its outputs' shardings XLA may give a donated buffer to an output that belongs in host memory. The
+            # step has been compiled by now, or will be soon, so asking for them costs nothing.
+            outs = self._plain.lower(*args, **kwargs).compile().output_shardings
+            self._variants[key] = self._compile(homes, key[2], outs)
         out, old = self._variants[key](*args, **kwargs)
         kept = [leaf if home is None else copy for leaf, home, copy in zip(leaves, homes, old, strict=True)]
         lay = {id(copy): home for copy, home in zip(old, homes, strict=True) if home is not None}
         return out, Snapshot(tree=jax.tree.unflatten(structure, kept), shardings=lay)
 
-    def _compile(self, homes: tuple[Sharding | None, ...], moves: tuple[bool, ...]) -> Callable[..., Any]:
+    def _compile(self, homes: tuple[Sharding | None, ...], moves: tuple[bool, ...], outs: Any) -> Callable[..., Any]:
         targets = [
             home.with_memory_kind("pinned_host") if home is not None and moved else home
             for home, moved in zip(homes, moves, strict=True)
@@ -69,7 +72,7 @@ class CapturingStep:
                 for leaf, home, moved in zip(old, homes, moves, strict=True)
             ]
 
-        return jax.jit(variant, donate_argnums=self._state, out_shardings=(None, targets))
+        return jax.jit(variant, donate_argnums=self._state, out_shardings=(outs, targets))
 
 
 def with_capture(step: Callable[..., Any], *, state: int = 0, **options: Any) -> CapturingStep:
