@@ -1,9 +1,11 @@
-"""``jaxckpt inspect | verify | diff``: look at checkpoints from a shell."""
+"""``jaxckpt inspect | verify | diff | average``: look at checkpoints, and combine them, from a shell."""
 
 import argparse
 import os
 import sys
 from collections.abc import Sequence
+
+from jaxckpt.cli.average import add_parser as add_average
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -25,7 +27,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="jaxckpt", description="Look at JAX checkpoints (ours and Orbax's).")
+    parser = argparse.ArgumentParser(
+        prog="jaxckpt", description="Look at JAX checkpoints (ours and Orbax's), and combine them."
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     inspect = commands.add_parser("inspect", help="leaves, sizes, mesh and lineage; reads no array")
     inspect.add_argument("path")
@@ -37,6 +41,7 @@ def _parser() -> argparse.ArgumentParser:
     diff.add_argument("a")
     diff.add_argument("b")
     diff.set_defaults(run=_diff)
+    add_average(commands)
     return parser
 
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +19,9 @@ from jaxckpt.averaging.learned import learned_soup
 from jaxckpt.averaging.runs import run_average
 from jaxckpt.averaging.soups import greedy_soup, score_weights, uniform_soup, weighted_soup
 from jaxckpt.averaging.wiseft import wise_ft
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 TARGET = np.array([0.3, -0.2, 0.5, 0.1], np.float32)
 
