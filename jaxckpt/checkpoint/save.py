@@ -4,8 +4,10 @@ Source of the design: planning without communication follows from JAX's global s
 among their holders and reading back with any sharding are ByteCheckpoint's (NSDI 2025, sections 3.2 and 4.1).
 """
 
+import gc
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any, Literal, NamedTuple
@@ -224,10 +226,11 @@ def begin(what: Request, hold: Hold | None) -> Begun:
             session.enter("capture")
         store = open_store(what.path, what.options)
         before = examine(store, overwrite=what.overwrite)
-        described = describe(what.tree if snapshot is None else snapshot.tree, what.compression)
-        if snapshot is not None:
-            described = _as_before(described, snapshot)
-        plan = _planned(tuple(described.specs), rank=rank, processes=coordinator.size)
+        with _collector_paused():
+            described = describe(what.tree if snapshot is None else snapshot.tree, what.compression)
+            if snapshot is not None:
+                described = _as_before(described, snapshot)
+            plan = _planned(tuple(described.specs), rank=rank, processes=coordinator.size)
         lineage = lineage_record(what.step, what.metadata, what.parents, processes=coordinator.size)
         size = int(plan.load_bytes[rank])
         if hold is None:
@@ -258,6 +261,18 @@ def begin(what: Request, hold: Hold | None) -> Begun:
         seal=what.seal,
     )
     return Begun(partial(finish, work), landing.now, rank, size)
+
+
+@contextmanager
+def _collector_paused() -> Iterator[None]:
+    """Thousands of new records would wake Python's collector, which walks through all that the program holds."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 _planned = lru_cache(maxsize=8)(plan_save)
@@ -311,14 +326,15 @@ def _admit(session: Session | None, rank: int, size: int, hold: Hold, timeout_s:
 
 def _captured(arrays: list[Any], plan: SavePlan, hold: Hold, room_bytes: int) -> Landing:
     try:
-        return capture_tree(
-            arrays,
-            plan,
-            mode=hold.mode,
-            room_bytes=room_bytes,
-            budget_bytes=hold.budget_bytes,
-            device_budget_bytes=hold.device_budget_bytes,
-        )
+        with _collector_paused():
+            return capture_tree(
+                arrays,
+                plan,
+                mode=hold.mode,
+                room_bytes=room_bytes,
+                budget_bytes=hold.budget_bytes,
+                device_budget_bytes=hold.device_budget_bytes,
+            )
     except BaseException:
         STAGING.give_back(room_bytes)
         raise

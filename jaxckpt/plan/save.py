@@ -6,6 +6,7 @@ Every process runs this on the same shardings and gets the same answer, so nothi
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from jax.sharding import Sharding
@@ -56,30 +57,36 @@ def plan_save(
         >>> plan.chunks, plan.mine[0].tolist()
         (((4, 4),), [0])
     """
-    layouts = [layout_of(s.sharding, s.shape, devices_per_process=devices_per_process) for s in specs]
     # A replicated leaf may be cut finer than others so that no process writes much more than its share.
     share_bytes = sum([math.prod(s.shape) * s.itemsize for s in specs]) // (50 * processes)
-    chunks, grids, sizes = [], [], []
-    for spec, layout in zip(specs, layouts, strict=True):
-        replicated = layout.holders.shape[1] > 1
-        largest = max(share_bytes, SMALLEST_SPLIT) if replicated else None
-        chunk = chunk_shape(layout, spec.itemsize, rule=rule, largest=largest)
-        chunks.append(chunk)
-        grids.append(tuple([-(-n // c) for n, c in zip(spec.shape, chunk, strict=True)]))
-        sizes.append(math.prod(chunk) * spec.itemsize)
+    forms: dict[ArraySpec, _Form] = {}  # most leaves of a model are alike
+    for spec in specs:
+        if spec not in forms:
+            layout = layout_of(spec.sharding, spec.shape, devices_per_process=devices_per_process)
+            largest = max(share_bytes, SMALLEST_SPLIT) if layout.holders.shape[1] > 1 else None
+            chunk = chunk_shape(layout, spec.itemsize, rule=rule, largest=largest)
+            grid = tuple([-(-n // c) for n, c in zip(spec.shape, chunk, strict=True)])
+            chunks_alone = np.arange(math.prod(grid)) if processes == 1 else _NONE
+            forms[spec] = _Form(layout, chunk, grid, math.prod(chunk) * spec.itemsize, chunks_alone)
+    found = [forms[spec] for spec in specs]
 
     loads = np.zeros(processes, np.int64)
     mine: list[np.ndarray] = [_NONE] * len(specs)
-    for i in sorted(range(len(specs)), key=lambda i: (layouts[i].holders.shape[1] > 1, -sizes[i])):
+    for i in sorted(range(len(specs)), key=lambda i: (found[i].layout.holders.shape[1] > 1, -found[i].chunk_bytes)):
         if 0 in specs[i].shape:
             continue
+        form = found[i]
         if processes == 1:
-            mine[i] = np.arange(int(np.prod(grids[i], dtype=np.int64)))
-            loads[0] += len(mine[i]) * sizes[i]
+            mine[i] = form.chunks_alone
+            loads[0] += len(mine[i]) * form.chunk_bytes
             continue
-        mine[i] = _mine(layouts[i], chunks[i], grids[i], sizes[i], loads, rank)
+        mine[i] = _mine(form.layout, form.chunk, form.grid, form.chunk_bytes, loads, rank)
     return SavePlan(
-        chunks=tuple(chunks), grids=tuple(grids), chunk_bytes=tuple(sizes), mine=tuple(mine), load_bytes=loads
+        chunks=tuple([form.chunk for form in found]),
+        grids=tuple([form.grid for form in found]),
+        chunk_bytes=tuple([form.chunk_bytes for form in found]),
+        mine=tuple(mine),
+        load_bytes=loads,
     )
 
 
@@ -96,6 +103,16 @@ def chunks_of_box(box: Box, chunk: Sequence[int], grid: Sequence[int]) -> np.nda
 
 
 _NONE = np.zeros(0, np.int64)
+
+
+class _Form(NamedTuple):
+    """What arrays of one spec have in common."""
+
+    layout: Layout
+    chunk: tuple[int, ...]
+    grid: tuple[int, ...]
+    chunk_bytes: int
+    chunks_alone: np.ndarray  # of the only process
 
 
 def _mine(
