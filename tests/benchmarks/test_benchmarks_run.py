@@ -11,7 +11,14 @@ from pathlib import Path
 import pytest
 
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
-ROWS = {"save_restore": [1, 2, 3], "reshard": [4, 5], "memory": [7], "planning": [9], "trace_save": [10, 11]}
+ROWS = {
+    "save_restore": [1, 2, 3],
+    "reshard": [4, 5],
+    "memory": [7],
+    "planning": [9],
+    "trace_save": [10, 11],
+    "stall": [1, 2, 3, 4, 9],
+}
 
 
 @pytest.mark.slow
