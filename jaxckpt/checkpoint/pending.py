@@ -27,9 +27,14 @@ class PendingSave:
         # Not a daemon: an interpreter that exits waits for its saves.
         self._thread = threading.Thread(target=self._run, args=(work,), name=f"jaxckpt-save {path}")
         _running.add(self)
+        self._go = threading.Event()
         self._thread.start()
+        self._go.set()
 
     def _run(self, work: Callable[[], None]) -> None:
+        # A new thread that went to work at once would keep the interpreter's lock for its first milliseconds, and the
+        # caller, who waits for it to start, blocked for as long.
+        self._go.wait()
         try:
             work()
         except BaseException as error:  # noqa: BLE001 kept, and raised by result()
