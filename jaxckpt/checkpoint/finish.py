@@ -19,7 +19,7 @@ from jaxckpt.checkpoint.commit import Before, commit
 from jaxckpt.checkpoint.leaves import Described, sharding_record
 from jaxckpt.coordination.session import Session
 from jaxckpt.core.errors import CheckpointError, CoordinationError
-from jaxckpt.core.events import Committed, Flushed, SaveFailed, emit
+from jaxckpt.core.events import Committed, Flushed, Progress, SaveFailed, emit, is_heard
 from jaxckpt.format.orbax_metadata import COMMIT_MARKER
 from jaxckpt.format.sidecar import FILE_NAME
 from jaxckpt.plan.save import SavePlan
@@ -113,6 +113,19 @@ def _wait_for_commit(session: Session, timeout_s: float) -> None:
         raise
 
 
+def _progress(work: Work, size: int) -> Callable[[int], None]:
+    return lambda moved: emit(
+        Progress(
+            operation="save",
+            path=work.store.url,
+            process=work.rank,
+            step=work.lineage.get("step"),
+            moved_bytes=moved,
+            total_bytes=size,
+        )
+    )
+
+
 def _flush(work: Work, sofar: _Sofar) -> Written:
     """Write this process's chunks, beside whatever still lands, and what is attached to them."""
     start = time.perf_counter()
@@ -134,6 +147,7 @@ def _flush(work: Work, sofar: _Sofar) -> Written:
             encoders=[None if e.zstd_level is None else encoder(e.zstd_level) for e in work.described.entries],
             threads=store.parallel_io if size > 8 * 1024 * 1024 else 1,
             file_bytes=store.data_file_bytes,
+            tell=_progress(work, size) if is_heard() else None,
         )
     except BaseException as error:
         if isinstance(work.pieces, Feed):

@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from typing import Any, Protocol, final
 
+import jax
 import numpy as np
 
 from jaxckpt.checkpoint.codecs import decoder
@@ -13,6 +14,7 @@ from jaxckpt.checkpoint.foreign import ForeignCheckpoint, ForeignLeaf, open_fore
 from jaxckpt.core.box import Box, intersect, whole
 from jaxckpt.core.dtypes import dtype_of, mover
 from jaxckpt.core.errors import CorruptionError, NotCommittedError, NotFoundError
+from jaxckpt.core.events import Progress, emit, is_heard
 from jaxckpt.core.tree import Node
 from jaxckpt.format import sidecar as sc
 from jaxckpt.format.orbax_metadata import COMMIT_MARKER
@@ -114,9 +116,13 @@ class OwnSource:
         local = self.store.data_file_bytes is None
         threads = self.store.parallel_io if size > 2 * LOCAL_RUN_BYTES or not local else 1
         run_bytes = LOCAL_RUN_BYTES if local else REMOTE_RUN_BYTES
+        tell = self._tell if is_heard() else None
         return read_chunks(
-            self.store, chunks, reads, threads=threads, run_bytes=run_bytes, cheap_reads=local, sink=sink
+            self.store, chunks, reads, threads=threads, run_bytes=run_bytes, cheap_reads=local, sink=sink, tell=tell
         )
+
+    def _tell(self, moved: int) -> None:
+        emit(Progress(operation="read", path=self.url, process=jax.process_index(), moved_bytes=moved))
 
     def leaf_read(self, leaf: int, targets: tuple[Target, ...]) -> LeafRead:
         """What the reader needs to know of a leaf."""

@@ -67,17 +67,17 @@ class StageEnded:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Progress:
-    """This process has moved ``done_bytes`` of the ``total_bytes`` of a part of an operation.
+    """This process has moved ``moved_bytes`` more, of ``total_bytes`` in the whole operation where that is known.
 
-    A part is all that a process writes in a save, or one batch of a restore. Emitted only while somebody listens.
+    Emitted from the threads that read and write, and only while somebody listens.
     """
 
-    operation: Literal["save", "restore"]
+    operation: Literal["save", "read"]
     path: str
     process: int
     step: int | None = None
-    done_bytes: int
-    total_bytes: int
+    moved_bytes: int
+    total_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -63,10 +63,12 @@ def read_chunks(
     run_bytes: int,
     cheap_reads: bool = False,
     sink: Callable[[ChunkRead, np.ndarray], None] | None = None,
+    tell: Callable[[int], None] | None = None,
 ) -> int:
     """Read these chunks (sorted by file and offset) into the targets of their leaves; returns the bytes read.
 
-    With a ``sink``, it gets the checked bytes of each chunk as they are stored, and targets are not used.
+    With a ``sink``, it gets the checked bytes of each chunk as they are stored, and targets are not used. ``tell`` is
+    called with the bytes of each run of chunks once it is read.
 
     Raises:
         CorruptionError: a chunk is not what was saved, or its file is missing or too short; names leaf, chunk, file.
@@ -81,7 +83,10 @@ def read_chunks(
                 run = next(runs, None)
             if run is None:
                 return
-            total[worker] += _read_run(reader, run, leaves, sink)
+            size = _read_run(reader, run, leaves, sink)
+            total[worker] += size
+            if tell is not None:
+                tell(size)
 
     if threads == 1 or len(chunks) == 1:
         drain(0)

@@ -63,6 +63,7 @@ def write_chunks(
     encoders: Sequence[Callable[[np.ndarray], bytes] | None],
     threads: int,
     file_bytes: int | None,
+    tell: Callable[[int], None] | None = None,
 ) -> Written:
     """Write this process's chunks and make them durable.
 
@@ -73,6 +74,7 @@ def write_chunks(
         encoders: per array, a compressor of a chunk's bytes, or None to store them as they are.
         threads: workers; each writes files of its own.
         file_bytes: start another file at this size; None: never.
+        tell: called with the bytes of each batch (before compression) once it is written.
     """
     batches = iter(list(_batches(plan)))
     lock = threading.Lock()
@@ -85,6 +87,8 @@ def write_chunks(
             if batch is None:
                 break
             worker.write(batch)
+            if tell is not None:
+                tell(sum([len(chunks) * plan.chunk_bytes[leaf] for leaf, chunks in batch]))
         worker.finish()
 
     try:
