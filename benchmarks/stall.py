@@ -153,8 +153,7 @@ def blocked(report: Report, folder: Path, sizes: Sizes, rounds: int) -> None:
     }
     contenders[IN_STEP] = in_step
     taken = interleave(contenders, rounds=rounds)
-    gib = sizes.large_bytes / 2**30
-    columns_ = ("", "blocked, s", "durable, s", "CPU s per GiB", "blocked / Orbax")
+    columns_ = ("", "blocked, s", "durable, s", "blocked / Orbax")
     report.add(
         Table(
             title=f"Blocked by a save of {sizes.large_bytes // MIB} MiB in 8 leaves, donated as soon as it returns",
@@ -164,17 +163,15 @@ def blocked(report: Report, folder: Path, sizes: Sizes, rounds: int) -> None:
                     name,
                     seconds(found["blocked"]),
                     seconds(found["durable"]),
-                    f"{median(found['CPU']) / gib:.2f}",
                     f"{ratio(found['blocked'], taken[V0]['blocked']):.3f}",
                 )
                 for name, found in taken.items()
             ],
-            note="CPU is of all threads, and of one training step. Orbax is v0 with its defaults (zstd).",
+            note="Orbax is v0 with its defaults (zstd). Durable counts the donating step, which runs meanwhile.",
         )
     )
     best = min((V0, V0_PLAIN), key=lambda name: median(taken[name]["blocked"]))
     found = ratio(taken[OURS]["blocked"], taken[best]["blocked"])
-    spent = median(taken[OURS]["CPU"]) / gib
     report.judge(
         Row(
             number=1,
@@ -184,9 +181,32 @@ def blocked(report: Report, folder: Path, sizes: Sizes, rounds: int) -> None:
             ok=found <= 0.25,
         )
     )
-    report.judge(
-        Row(number=4, what="CPU seconds per GiB saved", measured=f"{spent:.2f}", must="<= 1.0", ok=spent <= 1.0)
+    spent(report, folder, sizes, rounds, held["state"])
+
+
+def spent(report: Report, folder: Path, sizes: Sizes, rounds: int, state: Any) -> None:
+    """CPU of a save alone: nothing trains meanwhile, so nothing else is counted."""
+
+    def contender(start: Start, turn: int) -> Mapping[str, float]:
+        del turn
+        path = emptied(folder / "spent")
+        return measured(lambda: start(path, state), after=lambda: None, memory=sizes.large_bytes)
+
+    chosen = {name: start for name, start in starters().items() if name in (OURS, f"{OURS} pinned", V0, V0_PLAIN)}
+    taken = interleave({n: partial(contender, s) for n, s in chosen.items()}, rounds=rounds)
+    gib = sizes.large_bytes / 2**30
+    report.add(
+        Table(
+            title=f"CPU of a save of {sizes.large_bytes // MIB} MiB, nothing else running",
+            columns=("", "CPU s per GiB, all threads", "durable, s"),
+            rows=[
+                (name, seconds([cpu / gib for cpu in found["CPU"]]), seconds(found["durable"]))
+                for name, found in taken.items()
+            ],
+        )
     )
+    mine = median(taken[OURS]["CPU"]) / gib
+    report.judge(Row(number=4, what="CPU seconds per GiB saved", measured=f"{mine:.2f}", must="<= 1.0", ok=mine <= 1.0))
 
 
 def many_small(report: Report, folder: Path, sizes: Sizes, rounds: int) -> None:

@@ -7,7 +7,7 @@ among their holders and reading back with any sharding are ByteCheckpoint's (NSD
 import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any, Literal, NamedTuple
@@ -226,7 +226,7 @@ def begin(what: Request, hold: Hold | None) -> Begun:
             session.enter("capture")
         store = open_store(what.path, what.options)
         before = examine(store, overwrite=what.overwrite)
-        with _collector_paused():
+        with nullcontext() if hold is None else _collector_paused():
             described = describe(what.tree if snapshot is None else snapshot.tree, what.compression)
             if snapshot is not None:
                 described = _as_before(described, snapshot)

@@ -31,7 +31,7 @@ from jaxckpt.core.dtypes import mover
 from jaxckpt.plan.save import SavePlan
 from jaxckpt.plan.shards import device_boxes
 from jaxckpt.transfer.feed import Feed, Piece
-from jaxckpt.transfer.send import Part, Sent, gather, host_view, is_on_host, pieces_of, pinned
+from jaxckpt.transfer.send import Part, Sent, gather, is_on_host, pieces_of, pinned
 from jaxckpt.transfer.staging import STAGING
 
 Mode = Literal["auto", "pinned", "clone", "split", "in_step"]
@@ -74,7 +74,7 @@ def capture_tree(
     cpu = jax.default_backend() == "cpu"
     if mode == "auto" and views_are_safe():
         kept = [p for p in flat if isinstance(p.source, jax.Array) and (cpu or _platform(p.source) == "cpu")]
-        feed.land([(part.leaf, Piece(part.box, host_view(part.source, part.taken))) for part in kept])
+        feed.land([(part.leaf, Piece(part.box, np.asarray(part.source))) for part in kept])
         if len(kept) == len(flat):
             return Landing(feed)
         kept_ids = {id(part) for part in kept}
@@ -107,7 +107,7 @@ def capture_waiting(arrays: Sequence[Any], plan: SavePlan) -> Landing:
     """The same for a caller that waits until all is written: nothing is copied but what must leave its device."""
     parts = parts_to_write(arrays, plan)
     if jax.default_backend() == "cpu":
-        return Landing([[Piece(p.box, host_view(p.source, p.taken)) for p in these] for these in parts])
+        return Landing([[Piece(p.box, np.asarray(p.source)) for p in these] for these in parts])
     flat = [part for these in parts for part in these]
     feed = _feed(plan, parts, room_bytes=4 * BUCKET_BYTES, reserved_bytes=0)
     host = [part for part in flat if isinstance(part.source, np.ndarray)]
@@ -125,10 +125,12 @@ def parts_to_write(arrays: Sequence[Any], plan: SavePlan) -> list[list[Part]]:
             found.append([])
         elif isinstance(array, jax.Array):
             shards = _touched(array.sharding, array.shape, plan.chunks[leaf], plan.grids[leaf], mine.tobytes())
+            # addressable_data gives new objects: JAX may keep a host copy on what np.asarray was asked of.
             # Copies of a shard lie on several devices: leaves take them in turn, so that each link carries its share.
             found.append([Part(leaf, box, array.addressable_data(ks[leaf % len(ks)]), cut) for ks, box, cut in shards])
         else:
-            found.append([Part(leaf, Box((0,) * array.ndim, array.shape), array, None)])
+            whole = Box((0,) * array.ndim, array.shape)
+            found.append([Part(leaf, whole, array, whole)])
     return found
 
 
@@ -141,7 +143,7 @@ def views_are_safe() -> bool:
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
         step = jax.jit(lambda x: x ^ np.uint32(0xFFFFFFFF), donate_argnums=0)
         array = step(np.arange(1024, dtype=np.uint32))  # memory of XLA's own, which it could reuse
-        view = host_view(array)
+        view = np.asarray(array)
         before = view.copy()
         step(array).block_until_ready()
     return bool((view == before).all())
@@ -150,10 +152,10 @@ def views_are_safe() -> bool:
 @lru_cache(maxsize=4096)
 def _touched(
     sharding: Sharding, shape: tuple[int, ...], chunk: tuple[int, ...], grid: tuple[int, ...], mine: bytes
-) -> list[tuple[tuple[int, ...], Box, Box | None]]:
-    """(indices of local shards that hold it, box in the array, box in the shard or None for all) of every piece.
+) -> list[tuple[tuple[int, ...], Box, Box]]:
+    """(indices of the local shards, their box, what these chunks touch of it) for every distinct local box.
 
-    A shard counts as far as it lies in the smallest box around these chunks. Leaves of one shape share the answer.
+    What is touched is taken from the smallest box around all chunks. Leaves of one shape share the answer.
     """
     places = np.unravel_index(np.frombuffer(mine, np.int64), grid) if grid else ()
     start = tuple([int(p.min()) * c for p, c in zip(places, chunk, strict=True)])
@@ -162,17 +164,8 @@ def _touched(
     holders: dict[Box, list[int]] = {}
     for k, box in enumerate(device_boxes(sharding, shape).values()):
         holders.setdefault(box, []).append(k)
-    found: list[tuple[tuple[int, ...], Box, Box | None]] = []
-    for box, ks in holders.items():
-        both = intersect(box, wanted)
-        if both is None:
-            continue
-        if both == box:
-            found.append((tuple(ks), box, None))
-        else:
-            inner = Box(tuple([a - o for a, o in zip(both.start, box.start, strict=True)]), both.shape)
-            found.append((tuple(ks), both, inner))
-    return found
+    touched = {box: intersect(box, wanted) for box in holders}
+    return [(tuple(ks), box, both) for box, ks in holders.items() if (both := touched[box]) is not None]
 
 
 def _feed(plan: SavePlan, parts: list[list[Part]], *, room_bytes: int, reserved_bytes: int) -> Feed:
@@ -234,7 +227,7 @@ def _landing_views(feed: Feed, sent: Iterable[Sent]) -> Callable[[], None]:
     def land() -> None:
         while coming:
             one = coming.pop(0)
-            feed.land(pieces_of(one, host_view(one.data)))
+            feed.land(pieces_of(one, np.asarray(one.data)))
 
     return partial(_telling, feed, land)
 
@@ -273,7 +266,7 @@ def _land_copy(feed: Feed, sent: list[Sent], budget_bytes: int) -> bool:
     start = 0
     while sent:
         one = sent.pop(0)  # what was moved is dropped as soon as it is copied
-        data = host_view(one.data)
+        data = np.asarray(one.data)
         copy = buffer[start : start + data.nbytes].view(data.dtype).reshape(data.shape)
         np.copyto(copy.view(mover(data.dtype)), data.view(mover(data.dtype)))
         pieces += pieces_of(one, copy)

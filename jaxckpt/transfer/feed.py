@@ -151,7 +151,7 @@ class Feed:
 
     def _shrink(self) -> None:
         """Give back the room that this save needs no more, so that the next one may begin."""
-        needed = min(self._reserved, self._staged + self._coming)
+        needed = min(self._reserved, max(self._staged + self._coming, 0))
         if needed < self._reserved:
             self._staging.give_back(self._reserved - needed)
             self._reserved = needed

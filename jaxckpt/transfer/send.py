@@ -25,14 +25,14 @@ class Part(NamedTuple):
     """What of one local shard goes to storage."""
 
     leaf: int
-    box: Box  # in the global array
+    box: Box  # of the shard, in the global array
     source: Any  # the shard: a jax array on one device, or a numpy array
-    taken: Box | None  # in the shard; None: all of it
+    wanted: Box  # what of the box must be moved, at least
 
     @property
     def size_bytes(self) -> int:
         """Size on the host, where every element has a byte at least."""
-        return math.prod(self.box.shape) * np.dtype(self.source.dtype).itemsize
+        return math.prod(self.wanted.shape) * np.dtype(self.source.dtype).itemsize
 
 
 class Sent(NamedTuple):
@@ -52,17 +52,19 @@ def gather(parts: Sequence[Part], *, copies: bool) -> list[Sent]:
     found: list[Sent] = []
     by_device: dict[jax.Device, list[Part]] = {}
     for part in parts:
-        large = part.taken is None and not copies and part.source.nbytes >= PACKED_BYTES
+        large = part.wanted == part.box and not copies and part.source.nbytes >= PACKED_BYTES
         if large or is_on_host(part.source):
             found.append(Sent(part.source, (part,), True))
         else:
             by_device.setdefault(next(iter(part.source.devices())), []).append(part)
     for members in by_device.values():
-        forms = tuple([(part.source.shape, part.source.dtype, part.taken) for part in members])
+        forms = tuple([(part.source.shape, part.source.dtype, _cut(part)) for part in members])
         program, groups = _packer(forms)
         arrays = program([part.source for part in members])
         for data, group in zip(arrays, groups, strict=True):
-            found.append(Sent(data, tuple([members[k]._replace(taken=None) for k in group]), len(group) == 1))
+            found.append(
+                Sent(data, tuple([members[k]._replace(box=members[k].wanted) for k in group]), len(group) == 1)
+            )
     return found
 
 
@@ -79,7 +81,7 @@ def pieces_of(sent: Sent, flat: np.ndarray) -> list[tuple[int, Piece]]:
     """The (leaf, piece) of every part, as views of the host bytes of ``sent``."""
     if sent.whole:
         part = sent.parts[0]
-        return [(part.leaf, Piece(part.box, flat if part.taken is None else flat[part.taken.slices()]))]
+        return [(part.leaf, Piece(part.box, flat))]
     found, start = [], 0
     for part in sent.parts:
         stop = start + math.prod(part.box.shape)
@@ -88,20 +90,19 @@ def pieces_of(sent: Sent, flat: np.ndarray) -> list[tuple[int, Piece]]:
     return found
 
 
-def host_view(data: Any, taken: Box | None = None) -> np.ndarray:
-    """The elements of an array on one device, or of a box of it; waits until they are there.
-
-    A jax array must be one that nobody else has: where a copy is made, JAX keeps it as long as the array object lives.
-    """
-    return np.asarray(data) if taken is None else np.asarray(data)[taken.slices()]
-
-
 def is_on_host(data: Any) -> bool:
     """Whether an array needs no transfer: numpy, or in a host memory that is not its device's own."""
     if not isinstance(data, jax.Array):
         return True
     device = next(iter(data.devices()))
     return data.sharding.memory_kind not in (None, "device", device.default_memory().kind)
+
+
+def _cut(part: Part) -> Box | None:
+    """What is wanted of a shard, from its own first element; None: all."""
+    if part.wanted == part.box:
+        return None
+    return Box(tuple([a - o for a, o in zip(part.wanted.start, part.box.start, strict=True)]), part.wanted.shape)
 
 
 @lru_cache(maxsize=1024)
