@@ -46,20 +46,24 @@ def combine(stacked: PyTree, weights: Any, *, accumulate: Accumulate = "auto", d
     parts = split_weights(weights if weights.ndim == 2 else weights[None])
     count, how = weights.shape[-1], resolve(accumulate)
 
-    def one(path: tuple, leaf: Any) -> Any:
-        leaf = leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf)
+    pairs, structure = jax.tree_util.tree_flatten_with_path(stacked)
+    leaves = [leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf) for _, leaf in pairs]
+    for (path, _), leaf in zip(pairs, leaves, strict=True):
         if leaf.ndim < 1 or leaf.shape[0] != count:
             raise MismatchError(
                 f'Leaf "{jax.tree_util.keystr(path, simple=True, separator=".")}" is {leaf.dtype}{list(leaf.shape)}; '
                 f"there are {count} weights, so its first axis must be {count}. Stack the trees on a new first axis."
             )
-        if not jnp.issubdtype(leaf.dtype, jnp.inexact):
-            last = leaf[-1]
-            return last if weights.ndim == 1 else jnp.stack([last] * weights.shape[0])
-        sums = _sums(leaf, parts, how=how, dtype=np.dtype(leaf.dtype if dtype is None else dtype))
-        return sums[0] if weights.ndim == 1 else jnp.stack(sums)
+    floating = [leaf for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+    dtypes = tuple(np.dtype(leaf.dtype if dtype is None else dtype) for leaf in floating)
+    sums = iter(_sums(floating, parts, how, dtypes, weights.ndim == 2))
 
-    return jax.tree_util.tree_map_with_path(one, stacked)
+    def last(leaf: jax.Array) -> jax.Array:
+        return leaf[-1] if weights.ndim == 1 else jnp.stack([leaf[-1]] * weights.shape[0])
+
+    return structure.unflatten(
+        [next(sums) if jnp.issubdtype(leaf.dtype, jnp.inexact) else last(leaf) for leaf in leaves]
+    )
 
 
 def stack(trees: Sequence[PyTree]) -> PyTree:
@@ -152,10 +156,39 @@ def check_alike(a: PyTree, b: PyTree) -> None:
             )
 
 
-@partial(jax.jit, static_argnames=("how", "dtype"))
-def _sums(leaf: jax.Array, parts: Any, *, how: str, dtype: Any) -> list[jax.Array]:
-    if not jnp.issubdtype(leaf.dtype, jnp.complexfloating):
-        return weighted_sums(leaf, parts, how=how, dtype=dtype)
-    half = jnp.finfo(dtype).dtype
-    real, imaginary = (weighted_sums(part(leaf), parts, how=how, dtype=half) for part in (jnp.real, jnp.imag))
-    return [jax.lax.complex(a, b) for a, b in zip(real, imaginary, strict=True)]
+@partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4))
+def _sums(leaves: list[jax.Array], parts: Any, how: str, dtypes: tuple[Any, ...], many: bool) -> list[jax.Array]:
+    return _program(leaves, parts, how=how, dtypes=dtypes, many=many)
+
+
+@_sums.defjvp
+def _sums_jvp(how: str, dtypes: tuple[Any, ...], many: bool, primals: Any, tangents: Any) -> Any:
+    """The sum is linear in leaves and weights; derivatives need no more than float32."""
+    (leaves, parts), (leaf_tangents, part_tangents) = primals, tangents
+    weights, weight_tangents = parts.sum(0), part_tangents.sum(0)
+
+    def plain(factors: jax.Array, leaf: jax.Array, dtype: Any) -> jax.Array:
+        wide = leaf if leaf.dtype in (jnp.float64, jnp.complex64, jnp.complex128) else leaf.astype(jnp.float32)
+        found = jnp.tensordot(factors.astype(wide.dtype), wide, 1, precision="highest")
+        return (found if many else found[0]).astype(dtype)
+
+    changes = [
+        plain(weights, leaf_tangent, dtype) + plain(weight_tangents, leaf, dtype)
+        for leaf, leaf_tangent, dtype in zip(leaves, leaf_tangents, dtypes, strict=True)
+    ]
+    return _sums(leaves, parts, how, dtypes, many), changes
+
+
+@partial(jax.jit, static_argnames=("how", "dtypes", "many"))
+def _program(leaves: list[jax.Array], parts: Any, *, how: str, dtypes: tuple[Any, ...], many: bool) -> list[jax.Array]:
+    """All leaves in one program: XLA runs small ones side by side."""
+    found = []
+    for leaf, dtype in zip(leaves, dtypes, strict=True):
+        if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
+            half = jnp.finfo(dtype).dtype
+            halves = [weighted_sums(part(leaf), parts, how=how, dtype=half) for part in (jnp.real, jnp.imag)]
+            sums = [jax.lax.complex(real, imaginary) for real, imaginary in zip(*halves, strict=True)]
+        else:
+            sums = weighted_sums(leaf, parts, how=how, dtype=dtype)
+        found.append(jnp.stack(sums) if many else sums[0])
+    return found

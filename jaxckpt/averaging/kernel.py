@@ -68,9 +68,14 @@ def add_terms(
         with jax.enable_x64(True):
             weights = sum_parts(parts)
             wide = [term.astype(jnp.float64) for term in terms]
+            # Products are rounded before they are added, as numpy does it: where terms cancel to nothing, what is left
+            # is rounding, and then at least it is the same. XLA would contract both to one fused multiply-add; it
+            # cannot see that these bits stay as they are.
+            lead = lax.optimization_barrier(parts[0, 0, 0])
+            nothing = (lead != lead).astype(jnp.uint64)  # 0; were it NaN, all is
             for p in range(len(sums)):
                 for k, term in enumerate(wide):
-                    product = term * weights[p, k]
+                    product = _as_float(_as_bits(term * weights[p, k]) ^ nothing)
                     sums[p] = product if sums[p] is None else sums[p] + product
         return sums
     narrow = [term.astype(jnp.float32) for term in terms]
@@ -140,6 +145,14 @@ def finish_words(pair: tuple[Any, Any]) -> jax.Array:
     """The sums of ``add_words``, rounded to nearest even, as words again."""
     even, odd = (_rounded_bits(finish(half, jnp.float32)) for half in pair)
     return (odd << np.uint32(16)) | even
+
+
+def _as_bits(value: jax.Array) -> jax.Array:
+    return lax.bitcast_convert_type(value, jnp.uint64)
+
+
+def _as_float(bits: jax.Array) -> jax.Array:
+    return lax.bitcast_convert_type(bits, jnp.float64)
 
 
 def _is_paired(stack: jax.Array, dtype: Any, how: str) -> bool:

@@ -25,7 +25,7 @@ from jaxckpt.transfer.arena import aligned
 from jaxckpt.transfer.upload import Target
 
 BUCKET_BYTES = 1024 * 1024  # of one source; a larger stored chunk makes a larger bucket
-SLOT_BYTES = 16 * 1024 * 1024  # rows of all sources that are read together; there are two slots
+SLOT_BYTES = 16 * 1024 * 1024  # rows of all sources that are read together; there are two slots; twice that for P > 1
 LARGEST_CELL_BYTES = 8 * 1024 * 1024
 
 
@@ -308,7 +308,9 @@ def _groups(one: Sum, elements: int) -> list[list[int]]:
             runs.append([k])
     groups = []
     for run in runs:
-        most = max(min(SLOT_BYTES // (elements * one.dtypes[run[0]].itemsize), 32), 1)
+        # The accumulators of P results cost more than their rows: rather no second group.
+        slot_bytes = SLOT_BYTES * (2 if len(one.weights) > 1 else 1)
+        most = max(min(slot_bytes // (elements * one.dtypes[run[0]].itemsize), 32), 1)
         parts = -(-len(run) // most)
         size = -(-len(run) // parts)
         groups += [run[i : i + size] for i in range(0, len(run), size)]
