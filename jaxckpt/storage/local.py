@@ -8,6 +8,7 @@ import os
 import stat
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import final
@@ -277,9 +278,13 @@ class LocalStore(AbstractStore):
 
 
 @final
+@dataclass(eq=False)
 class _LocalWriter(AbstractDataWriter):
-    def __init__(self, store: LocalStore, name: str, path: str, fd: int) -> None:
-        self.name, self._store, self._path, self._fd, self._size = name, store, path, fd, 0
+    _store: LocalStore
+    name: str
+    _path: str
+    _fd: int
+    _size: int = 0
 
     def append(self, data: np.ndarray) -> int:
         offset = self._size
