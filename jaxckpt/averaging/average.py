@@ -11,7 +11,7 @@ import numpy as np
 from jaxckpt.averaging.kernel import Accumulate, resolve
 from jaxckpt.averaging.onmesh import mesh_sums
 from jaxckpt.averaging.plan import Copy, Missing, Policy, Sum, Weights, make_plan
-from jaxckpt.averaging.reading import Want, boxes_of, destinations, fetch, finished, is_tree
+from jaxckpt.averaging.reading import Want, boxes_of, destinations, fetch, finished, is_tree, made_together
 from jaxckpt.averaging.sources import EvalParams, arrays_of, open_sources
 from jaxckpt.averaging.stream import stream_sums
 from jaxckpt.checkpoint.exchange import is_shared
@@ -90,7 +90,7 @@ def average(
     """
     given = Weights(weights, len(sources) if isinstance(sources, Sequence) else 0)
     return _average(
-        open_sources(sources, eval_params, options),
+        made_together(like, lambda: open_sources(sources, eval_params, options)),
         given,
         like=like,
         only=only,
@@ -136,7 +136,7 @@ def average_to(
         >>> average_to("memory://docs/averaged", [{"w": np.ones(2)}, {"w": np.zeros(2)}], [3, -2], method="by hand")
     """
     given = Weights(weights, len(sources) if isinstance(sources, Sequence) else 0)
-    opened = open_sources(sources, eval_params, options)
+    opened = made_together(how.get("like"), lambda: open_sources(sources, eval_params, options))
     text = str(path)
     if given.many and "{p}" not in text:
         raise InvalidArgumentError(f'{given.models} results cannot all be saved to {text}: put "{{p}}" into the path.')
@@ -178,8 +178,11 @@ def _average(
     how = resolve(accumulate)
     if where not in ("auto", "host", "device"):
         raise InvalidArgumentError(f'where is {where!r}; it is "auto", "host" or "device".')
-    plan = make_plan(
-        sources, weights, like, is_tree=is_tree(like), only=only, missing=missing, policy=policy, dtype=dtype
+    plan = made_together(
+        like,
+        lambda: make_plan(
+            sources, weights, like, is_tree=is_tree(like), only=only, missing=missing, policy=policy, dtype=dtype
+        ),
     )
     values: list[list[Any]] = [[] for _ in plan.results]  # P of each
     place = {id(result): i for i, result in enumerate(plan.results)}

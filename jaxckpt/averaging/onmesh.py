@@ -18,6 +18,7 @@ from jaxckpt.averaging.plan import Sum
 from jaxckpt.averaging.reading import Want
 from jaxckpt.averaging.sources import arrays_of
 from jaxckpt.checkpoint.source import Source
+from jaxckpt.core.errors import CheckpointError
 
 BUCKET_BYTES = 32 * 1024 * 1024  # of one source, on this process
 
@@ -35,7 +36,11 @@ def mesh_sums(
                 using = [i for i, one in enumerate(bucket) if k in one.sources]
                 places = {i: bucket[i].sources.index(k) for i in using}
                 wants = [Want(leaf=bucket[i].leaves[places[i]], sharding=bucket[i].want.sharding) for i in using]
-                values, more = arrays_of(sources[k], wants)
+                try:
+                    values, more = arrays_of(sources[k], wants)
+                except CheckpointError as error:
+                    error.add_note(f"While averaging {sources[k].url}, source {k} of {len(sources)}.")
+                    raise
                 read_bytes[k] = read_bytes.get(k, 0) + more
                 for i, value in zip(using, values, strict=True):
                     parts = split_weights(bucket[i].weights[:, places[i], None])

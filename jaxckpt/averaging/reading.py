@@ -1,11 +1,13 @@
 """The parts of a restore that averaging uses: opening, what a leaf is wanted as, reading, and where it goes."""
 
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from jaxckpt.checkpoint import restore as _restore
+from jaxckpt.checkpoint.exchange import agree
 from jaxckpt.checkpoint.place import Want as Want
 from jaxckpt.checkpoint.source import Source, open_source
 from jaxckpt.core.box import Box, whole
@@ -15,6 +17,8 @@ from jaxckpt.storage.url import Location, StorageOptions, open_store
 from jaxckpt.transfer import upload
 from jaxckpt.transfer.upload import Destination as Destination
 from jaxckpt.transfer.upload import host_destination
+
+Made = TypeVar("Made")
 
 
 def open_path(path: Location, options: StorageOptions | None) -> Source:
@@ -37,6 +41,19 @@ def want_saved(source: Source, leaf: int, choose: Any) -> Want:
 def is_tree(like: Any) -> bool:
     """Whether this is a tree to restore into, and not None or a function that places leaves."""
     return _restore._is_tree(like)
+
+
+def made_together(like: Any, make: Callable[[], Made]) -> Made:
+    """What ``make`` gives on this process; where ``like`` is global, an error on all if one of them has none."""
+    if not (is_tree(like) and _restore._is_global(like)):
+        return make()
+    try:
+        found = make()
+    except Exception as error:
+        agree("the sources", error)
+        raise
+    agree("the sources", None)
+    return found
 
 
 def destinations(want: Want, shape: tuple[int, ...], dtype: np.dtype, count: int) -> list[Destination]:

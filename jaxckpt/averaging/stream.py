@@ -21,6 +21,7 @@ from jaxckpt.averaging.reading import Destination
 from jaxckpt.checkpoint.source import Source
 from jaxckpt.core.box import Box, cell_box, intersect
 from jaxckpt.core.dtypes import is_packed, mover
+from jaxckpt.core.errors import CheckpointError
 from jaxckpt.transfer.arena import aligned
 from jaxckpt.transfer.upload import Target
 
@@ -240,7 +241,11 @@ class _Stream:
         last: bool,
     ) -> None:
         for source, future in futures:
-            self.read_bytes[source] = self.read_bytes.get(source, 0) + future.result()
+            try:
+                self.read_bytes[source] = self.read_bytes.get(source, 0) + future.result()
+            except CheckpointError as error:
+                error.add_note(f"While averaging {self.sources[source].url}, source {source} of {len(self.sources)}.")
+                raise
         dtype = one.dtypes[group[0]]
         words = dtype.name == "bfloat16" and len(set(one.dtypes)) == 1 and self.how == "float64"
         data, doubled = _viewed(rows, dtype, words)

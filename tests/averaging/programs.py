@@ -78,6 +78,21 @@ def save_and_average(folder: str) -> dict[str, Any]:
     }
 
 
+def one_process_cannot_see(folder: str) -> str:
+    """What this process is told when one of them has another path than the others."""
+    jc.save(f"{folder}/a", place(values_of(0), 2), timeout_s=60)
+    like = {
+        n: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh_of(2), SPECS[n]))
+        for n, x in values_of(0).items()
+    }
+    other = "missing" if jax.process_index() == 1 else "a"
+    try:
+        average([f"{folder}/a", f"{folder}/{other}"], like=like)
+    except jc.CheckpointError as error:
+        return str(error)
+    return ""
+
+
 def worst(found: dict[str, Any], weights: np.ndarray) -> int:
     trees = [values_of(k) for k in range(K)]
     most = 0

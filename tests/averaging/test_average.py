@@ -290,6 +290,31 @@ def test_eval_params_maps_states_to_the_point_to_average(tmp_path: Path, where: 
     assert sum(e.read_bytes for e in events) < 1.1 * z.nbytes + 3000
 
 
+def test_checkpoints_of_orbax_are_averaged(tmp_path: Path) -> None:
+    ocp = pytest.importorskip("orbax.checkpoint")
+    rng = np.random.default_rng(0)
+    stack = rng.standard_normal((3, 600, 40), np.float32)
+    for k in range(3):
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(tmp_path / f"{k}", {"w": jnp.asarray(stack[k])})
+    found = average([tmp_path / f"{k}" for k in range(3)], [1.5, -1, 0.5])
+    assert ulps(found["w"], weighted(stack, np.array([1.5, -1, 0.5]))) <= 1
+
+
+@pytest.mark.parametrize("where", ["host", "device"])
+def test_a_damaged_source_is_named(stored: list[str], tmp_path: Path, where: Any) -> None:
+    for k in range(2):
+        jc.save(tmp_path / f"{k}", {"w": jnp.arange(300_000.0) * k})
+    data = max((tmp_path / "1").rglob("d/*"), key=lambda p: p.stat().st_size)
+    content = bytearray(data.read_bytes())
+    content[len(content) // 2] ^= 1
+    data.write_bytes(content)
+    like = {"w": jax.ShapeDtypeStruct((300_000,), np.float32)}
+    with pytest.raises(jc.CorruptionError) as caught:
+        average([tmp_path / "0", tmp_path / "1"], like=like, where=where)
+    assert any(f"{tmp_path}/1/, source 1 of 2" in note for note in caught.value.__notes__)
+
+
 def test_an_average_is_saved_with_its_lineage(stored: list[str], tmp_path: Path) -> None:
     average_to(tmp_path / "soup", stored, SIGNED, method="by hand", metric={"name": "loss", "value": 0.5})
     check(jc.restore(tmp_path / "soup"))
