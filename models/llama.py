@@ -63,7 +63,7 @@ class Llama(nnx.Module):
         """Without ``dropout_key`` nothing is dropped."""
         config = self.config
         x = self.embedding[...].astype(config.compute_dtype)[tokens]
-        rotation = _rotation(tokens.shape[1], config)
+        rotation = rotation_tables(tokens.shape[1], config)
         for i, layer in enumerate(self.layers):
             key = None if dropout_key is None else jax.random.fold_in(dropout_key, i)
             x = layer(x, rotation, dropout_key=key)
@@ -142,7 +142,7 @@ def _param(rngs: nnx.Rngs, config: LlamaConfig, shape: tuple[int, ...], axes: tu
     return nnx.Param(value.astype(config.param_dtype), axes=axes)
 
 
-def _rotation(length: int, config: LlamaConfig) -> tuple[jax.Array, jax.Array]:
+def rotation_tables(length: int, config: LlamaConfig) -> tuple[jax.Array, jax.Array]:
     """Cosines and sines (t, e / 2), computed here so that positions are no state."""
     frequency = config.rope_theta ** -(jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim)
     angle = jnp.outer(jnp.arange(length, dtype=jnp.float32), frequency)
