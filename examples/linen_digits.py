@@ -23,8 +23,8 @@ SHADES = " .:-=+*#"
 
 
 def main(folder: Path) -> None:
-    digits = load_digits()
-    images, labels = np.asarray(digits.data, np.float32) / 16, np.asarray(digits.target, np.int32)
+    pixels, names = load_digits(return_X_y=True)
+    images, labels = np.asarray(pixels, np.float32) / 16, np.asarray(names, np.int32)
     devices = jax.device_count()
     first = make_mesh(1, 2 if devices % 2 == 0 else 1)
     other = make_mesh(2 if devices % 2 == 0 else 1, 1)

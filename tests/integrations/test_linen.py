@@ -113,7 +113,7 @@ def test_moments_of_unboxed_parameters_lie_where_the_parameters_are(mesh_4x2: Me
 def test_an_abstract_state_allocates_nothing(mesh_4x2: Mesh) -> None:
     before = len(jax.live_arrays())
     jln.abstract(make, mesh_4x2)
-    assert len(jax.live_arrays()) == before
+    assert len(jax.live_arrays()) <= before
 
 
 def test_a_state_without_a_mesh_is_on_the_first_device(tmp_path: Path) -> None:

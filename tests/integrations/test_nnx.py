@@ -128,7 +128,7 @@ def test_restoring_takes_the_memory_of_one_node(tmp_path: Path, mesh_4x2: Mesh) 
 def test_an_abstract_state_allocates_nothing_and_says_where_all_goes(mesh_4x2: Mesh) -> None:
     before = len(jax.live_arrays())
     like = jnx.abstract(make, mesh_4x2)
-    assert len(jax.live_arrays()) == before
+    assert len(jax.live_arrays()) <= before
     leaves = jax.tree.leaves(like)
     assert all(isinstance(leaf, jax.ShapeDtypeStruct) and leaf.sharding.mesh == mesh_4x2 for leaf in leaves)
 

@@ -102,7 +102,7 @@ def test_nothing_is_allocated(mesh_4x2: Mesh) -> None:
     params = {"w": leaf_on(mesh_4x2)}
     before = len(jax.live_arrays())
     abstract_opt_state(optax.adam(1e-3), params)
-    assert len(jax.live_arrays()) == before
+    assert len(jax.live_arrays()) <= before
 
 
 def leaf_on(mesh: Mesh, spec: PartitionSpec | None = None) -> jax.ShapeDtypeStruct:
