@@ -1,4 +1,4 @@
-"""Which steps to save and which to keep: small frozen values, combined with ``|`` and ``&``; pure functions of records."""
+"""Which steps to save and to keep: frozen values, combined with ``|`` and ``&``, that are pure functions of records."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
