@@ -20,7 +20,7 @@ from jaxckpt.core.errors import InvalidArgumentError
 
 Accumulate = Literal["auto", "float32", "float64"]
 Accumulator = Any  # float64 array, or a pair of float32 arrays
-UNROLLED = 32  # terms written out in one loop body; more run in blocks
+UNROLLED = 64  # terms written out in one loop body; more run in blocks
 
 
 def resolve(accumulate: Accumulate) -> str:

@@ -63,6 +63,7 @@ class Slot:
 
     memory: np.ndarray
     busy: list[Any]
+    adopted: tuple[Any, jax.Array] | None = None
 
 
 def stream_sums(
@@ -78,9 +79,9 @@ def stream_sums(
     ``open_destinations`` gives P destinations and the boxes that they hold; ``close`` gets them filled.
     """
     stores = [getattr(source, "store", None) for source in sources]
-    threads = max(getattr(store, "parallel_io", 2) for store in stores)
-    with ThreadPoolExecutor(min(threads, 16), thread_name_prefix="jaxckpt-average") as pool, jax.enable_x64(True):
-        stream = _Stream(sources, close, how, pool)
+    threads = min(max(getattr(store, "parallel_io", 2) for store in stores), 16)
+    with ThreadPoolExecutor(threads, thread_name_prefix="jaxckpt-average") as pool, jax.enable_x64(True):
+        stream = _Stream(sources, close, how, pool, threads)
         try:
             for group in _alike(sums):
                 stream.run(group[0], _buckets(group, open_destinations))
@@ -162,8 +163,9 @@ class _Stream:
         close: Callable[[Sum, list[Destination]], None],
         how: str,
         pool: ThreadPoolExecutor,
+        threads: int,
     ) -> None:
-        self.sources, self.close, self.how, self.pool = sources, close, how, pool
+        self.sources, self.close, self.how, self.pool, self.threads = sources, close, how, pool, threads
         self.read_bytes: dict[int, int] = {}
         self.slots = [Slot(np.zeros(0, np.uint8), []) for _ in range(2)]
         self.parts: dict[Any, jax.Array] = {}  # weights, on the device
@@ -210,13 +212,13 @@ class _Stream:
 
     def _read(
         self, slot: Slot, one: Sum, bucket: Bucket, group: Sequence[int]
-    ) -> tuple[np.ndarray, list[tuple[int, Future[int]]]]:
+    ) -> tuple[np.ndarray, list[Future[dict[int, int]]]]:
         dtype = one.dtypes[group[0]]
         size = len(group) * bucket.elements * dtype.itemsize
         if slot.memory.nbytes < size:
             slot.memory = aligned(size)
         rows = slot.memory[:size].view(mover(dtype)).reshape(len(group), bucket.elements)
-        futures = []
+        wanted = []
         for row, k in zip(rows, group, strict=True):
             targets: dict[int, tuple[Target, ...]] = {}
             for piece in bucket.pieces:
@@ -224,8 +226,20 @@ class _Stream:
                 data = row[piece.offset : piece.offset + piece.box.size].reshape(piece.box.shape)
                 if piece.box.size:
                     targets[leaf] = (*targets.get(leaf, ()), Target(piece.box, data))
-            futures.append((one.sources[k], self.pool.submit(self.sources[one.sources[k]].fill, targets)))
+            wanted.append((one.sources[k], targets))
+        futures = [self.pool.submit(self._fill, wanted[i :: self.threads]) for i in range(self.threads)]
         return rows, futures
+
+    def _fill(self, wanted: Sequence[tuple[int, dict[int, tuple[Target, ...]]]]) -> dict[int, int]:
+        """Read rows of several sources, one after the other; the bytes read by source."""
+        found: dict[int, int] = {}
+        for source, targets in wanted:
+            try:
+                found[source] = found.get(source, 0) + self.sources[source].fill(targets)
+            except CheckpointError as error:
+                error.add_note(f"While averaging {self.sources[source].url}, source {source} of {len(self.sources)}.")
+                raise
+        return found
 
     def _add(
         self,
@@ -234,18 +248,15 @@ class _Stream:
         group: Sequence[int],
         slot: Slot,
         rows: np.ndarray,
-        futures: list[tuple[int, Future[int]]],
+        futures: list[Future[dict[int, int]]],
         sums: list[Any],
         *,
         first: bool,
         last: bool,
     ) -> None:
-        for source, future in futures:
-            try:
-                self.read_bytes[source] = self.read_bytes.get(source, 0) + future.result()
-            except CheckpointError as error:
-                error.add_note(f"While averaging {self.sources[source].url}, source {source} of {len(self.sources)}.")
-                raise
+        for future in futures:
+            for source, size in future.result().items():
+                self.read_bytes[source] = self.read_bytes.get(source, 0) + size
         dtype = one.dtypes[group[0]]
         words = dtype.name == "bfloat16" and len(set(one.dtypes)) == 1 and self.how == "float64"
         data, doubled = _viewed(rows, dtype, words)
@@ -254,7 +265,7 @@ class _Stream:
             self.parts[key] = jax.device_put(split_weights(one.weights[:, list(group)]), self.cpu)
         parts = self.parts[key]
         out = (one.dtype if not doubled or one.dtype.kind != "c" else np.finfo(one.dtype).dtype) if last else None
-        staged = jax.device_put(data, self.cpu, may_alias=True)
+        staged = self._staged(slot, data)
         program = _add_words if words else _add_rows
         found = program(staged, parts, None if first else sums[0], how=self.how, out=_staged_out(out))
         sums[0] = None if last else found
@@ -262,6 +273,16 @@ class _Stream:
         if last:
             self._write_last()
             self.unwritten = (bucket, found, one.dtype)
+
+    def _staged(self, slot: Slot, data: np.ndarray) -> jax.Array:
+        """The rows for XLA, which adopts the memory of a slot: the array of one step serves the next, too."""
+        key = (data.ctypes.data, data.shape, data.dtype)
+        if slot.adopted is None or slot.adopted[0] != key:
+            array = jax.device_put(data, self.cpu, may_alias=True)
+            if array.unsafe_buffer_pointer() != data.ctypes.data:
+                return array  # copied, so it holds this step's rows alone
+            slot.adopted = (key, array)
+        return slot.adopted[1]
 
     def _write(self, bucket: Bucket, found: list[Any], dtype: np.dtype) -> None:
         flat = []
