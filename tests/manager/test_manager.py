@@ -1,5 +1,7 @@
 """The manager in one process: what is listed, kept, told and read by Orbax."""
 
+import resource
+
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
@@ -49,19 +51,23 @@ def test_we_read_steps_and_metrics_of_orbax(tmp_path):
     np.testing.assert_array_equal(manager.restore(3, tree(0))["w"], tree(3)["w"])
 
 
-def test_a_failed_step_is_told_once_never_listed_and_can_be_saved_again(tmp_path):
+def test_a_step_whose_write_fails_is_told_once_never_listed_and_can_be_saved_again(tmp_path):
     manager = CheckpointManager(tmp_path)
-    manager.save(1, tree(1))
-    manager.wait()
-    (tmp_path / "2").write_text("in the way of the folder")
-    with pytest.raises((CheckpointError, OSError)):
-        manager.save(2, tree(2))
-        manager.wait()
-    assert manager.all_steps() == [1]
-    (tmp_path / "2").unlink(missing_ok=True)
-    manager.save(2, tree(2))
+    big = {"w": np.ones(1 << 20, np.float32)}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 18, hard))  # EFBIG from the real file system
+    try:
+        manager.save(2, big)
+        with pytest.raises(CheckpointError, match="process 0.*step 2"):
+            manager.wait()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert manager.poll() == {2: "failed"}
+    assert manager.all_steps() == []
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+    manager.save(2, big)
     manager.close()
-    assert manager.all_steps() == [1, 2]
+    assert manager.all_steps() == [2]
 
 
 RECORDS = st.dictionaries(st.integers(0, 99), st.floats(allow_nan=True), max_size=12).map(
