@@ -287,7 +287,7 @@ def test_eval_params_maps_states_to_the_point_to_average(tmp_path: Path, where: 
     found = average(paths, [2, -2, 1], eval_params=lambda state: state["opt"]["ema"], like=like, where=where)
     stop()
     assert ulps(found[0], weighted(z, np.array([2, -2, 1]))) <= 1
-    assert sum(e.read_bytes for e in events) < 1.1 * z.nbytes + 3000
+    assert sum(e.read_bytes for e in events if isinstance(e, Restored)) < 1.1 * z.nbytes + 3000
 
 
 def test_checkpoints_of_orbax_are_averaged(tmp_path: Path) -> None:

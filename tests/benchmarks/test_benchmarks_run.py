@@ -18,6 +18,7 @@ ROWS = {
     "planning": [9],
     "trace_save": [10, 11],
     "stall": [1, 2, 3, 4, 9],
+    "averaging": [1, 2, 5, 3, 4],
 }
 
 
