@@ -1,8 +1,8 @@
 """Which stage works on which microbatch at which tick: a table worked out before anything is compiled.
 
-A microbatch visits positions 0 ... repeats * stages - 1. In the plain order position p lies on device p % stages; in the
-swapped order of CheckFree+ (arXiv 2506.15461, section 4.3) the first two and the last two stages change places. A device
-does one position per tick and sends the result on; what arrives while it is busy waits in its buffer.
+A microbatch visits positions 0 ... repeats * stages - 1. In the plain order position p lies on device p % stages; in
+the swapped order of CheckFree+ (arXiv 2506.15461, section 4.3) the first two and the last two stages change places. A
+device does one position per tick and sends the result on; what arrives while it is busy waits in its buffer.
 """
 
 from __future__ import annotations

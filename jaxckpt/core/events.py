@@ -124,6 +124,17 @@ class Preempted:
     reason: str
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recovered:
+    """Lost pipeline stages were filled in; ``seconds`` until the program was handed to the devices, compiling included."""
+
+    step: int | None
+    stages: tuple[int, ...]
+    sources: tuple[str, ...]  # of each stage
+    method: str
+    seconds: float
+
+
 Event = (
     Captured
     | Flushed
@@ -136,6 +147,7 @@ Event = (
     | StepDeleted
     | Swept
     | Preempted
+    | Recovered
 )
 
 _subscribers: tuple[Callable[[Event], None], ...] = ()

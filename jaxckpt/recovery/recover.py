@@ -1,0 +1,276 @@
+"""Fill a lost stage in one compiled program: neighbours' shards travel, nothing of the lost stage is read.
+
+CheckFree and CheckFree+ (arXiv 2506.15461, sections 4.2 and 4.3). The program is ``shard_map`` with ``ppermute`` and
+donates the state; every other stage stays where it is. What goes to a stage is selected there, never multiplied by
+zero: the lost rows may be NaN.
+"""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxckpt.core.errors import InvalidArgumentError
+from jaxckpt.core.events import Recovered, emit
+from jaxckpt.core.tree import PyTree, flatten, rebuild
+from jaxckpt.recovery.layout import StageLayout, check_congruent
+from jaxckpt.recovery.plan import RecoveryPlan
+from jaxckpt.recovery.rows import Row, recovered_listed, recovered_stacked
+
+OPT_STATE = "opt_state"
+
+
+def recover_stage(
+    state: PyTree,
+    plan: RecoveryPlan,
+    mesh: Mesh,
+    *,
+    norms: jax.Array | None = None,
+    copies: PyTree = None,
+    tx: Any = None,
+    init: Callable[[], PyTree] | None = None,
+    step: int | None = None,
+) -> PyTree:
+    """The state with the lost stages filled in. ``state`` is donated.
+
+    Args:
+        state: any tree; leaves whose name has a segment ``opt_state`` are the optimizer's, all other floating leaves
+            of a stage are weights.
+        norms: gradient norms, float32 (stages,) or (repeats, stages): the weights of "weighted".
+        copies: for the sources ``stale_copy`` and ``same_step_copy`` the ``values`` of ``NeighbourCopies``; for
+            ``checkpoint_stage`` a tree like ``state`` (or only its weights) restored from the checkpoint.
+        tx: the optax transformation, when moments become fresh.
+        init: makes fresh weights, a tree like ``state["params"]``, for ``method="random"``.
+        step: for the event.
+
+    Raises:
+        InvalidArgumentError: the plan is a rollback, something the plan needs was not given, or leaves do not fit.
+
+    Example:
+        >>> layout = StageLayout(stages=4)
+        >>> mesh = jax.make_mesh((1,), ("stage",), axis_types=(jax.sharding.AxisType.Auto,))
+        >>> from jaxckpt.recovery.plan import plan_recovery
+        >>> plan = plan_recovery(1, layout)
+        >>> rows = jnp.asarray([1.0, jnp.nan, 3.0, 4.0])
+        >>> recover_stage({"stages": rows}, plan, mesh, norms=jnp.ones(4))["stages"].tolist()
+        [1.0, 2.0, 3.0, 4.0]
+    """
+    began = time.perf_counter()
+    program, arguments = _program(state, plan, mesh, norms, copies, tx, init)
+    new = program(*arguments)
+    emit(
+        Recovered(
+            step=step,
+            stages=plan.lost,
+            sources=tuple(s.source for s in plan.steps),
+            method=plan.policy.method,
+            seconds=time.perf_counter() - began,
+        )
+    )
+    return new
+
+
+def lower_recovery(
+    state: PyTree,
+    plan: RecoveryPlan,
+    mesh: Mesh,
+    *,
+    norms: Any = None,
+    copies: PyTree = None,
+    tx: Any = None,
+    init: Callable[[], PyTree] | None = None,
+) -> jax.stages.Lowered:
+    """The program of ``recover_stage``, lowered: to compile ahead, or to look at. Abstract arrays will do."""
+    program, arguments = _program(state, plan, mesh, norms, copies, tx, init)
+    return program.lower(*arguments)
+
+
+def _program(
+    state: PyTree, plan: RecoveryPlan, mesh: Mesh, norms: Any, copies: PyTree, tx: Any, init: Any
+) -> tuple[Any, tuple[Any, ...]]:
+    if plan.rollback:
+        raise InvalidArgumentError(f"The plan is a rollback ({plan.why}): restore the state instead.")
+    leaves, _ = flatten(state)
+    layout = plan.layout
+    check_congruent(leaves, layout)
+    _check(plan, leaves, norms, copies, tx, init)
+    specs = {leaf.name: _spec(leaf.value) for leaf in leaves}
+    values = {leaf.name: leaf.value for leaf in leaves}
+    given = {leaf.name: leaf.value for leaf in flatten(copies)[0]} if copies is not None else {}
+    # Copies may be of the weights alone: ``params`` need not be spelt out.
+    renamed = {name: name if name in values else f"params.{name}" for name in given}
+    if unknown := [name for name, full in renamed.items() if full not in values]:
+        raise InvalidArgumentError(f'Leaf "{unknown[0]}" of copies has no counterpart in the state.')
+    given = {renamed[name]: value for name, value in given.items()}
+    norm_spec = _spec(norms) if norms is not None else PartitionSpec()
+    shardings = jax.tree.map(lambda leaf: getattr(leaf, "sharding", None), state)
+    one_mesh = all(
+        isinstance(s, NamedSharding) and s.mesh.device_ids.tolist() == mesh.device_ids.tolist()
+        for s in jax.tree.leaves(shardings)
+    )
+    where = mesh if one_mesh else None
+
+    def run(state: PyTree, norms: Any, given: dict[str, Any]) -> PyTree:
+        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+            inner = flatten(state)[0]  # jit has sorted the keys of dictionaries
+            flat = {leaf.name: leaf.value for leaf in inner}
+            weighted = _rows(flat, plan, norms, given, where, specs, norm_spec)
+            names = iter([leaf.name for leaf in inner])
+            state = rebuild(state, lambda _, __: weighted[next(names)])
+            state = _with_init(state, plan, init)
+            return _with_optimizer(state, plan, tx)
+
+    options: dict[str, Any] = {"donate_argnums": 0}
+    if one_mesh:
+        options["out_shardings"] = shardings
+    return jax.jit(run, **options), (state, norms, given)
+
+
+def _rows(
+    flat: dict[str, Any],
+    plan: RecoveryPlan,
+    norms: Any,
+    given: dict[str, Any],
+    mesh: Mesh | None,
+    specs: dict[str, PartitionSpec],
+    norm_spec: PartitionSpec,
+) -> dict[str, Any]:
+    layout = plan.layout
+    stacked = {n: v for n, v in flat.items() if layout.placement(n).kind == "stacked" and not _is_setting(n)}
+    listed = {n: v for n, v in flat.items() if layout.placement(n).kind == "listed"}
+    given_stacked = {n: v for n, v in given.items() if n in stacked}
+
+    def body(stacked: dict[str, Any], given: dict[str, Any], norms: Any) -> dict[str, Any]:
+        for step in plan.steps:
+            row = Row(plan=plan, step=step, mesh=mesh, specs=specs, norms=norms, norm_spec=norm_spec)
+            stacked = {n: recovered_stacked(n, v, given.get(n), row) for n, v in stacked.items()}
+        return stacked
+
+    if mesh is None or layout.axis not in mesh.shape:
+        new = body(stacked, given_stacked, norms)
+    else:
+        chosen = {n: specs[n] for n in stacked}
+        new = jax.shard_map(
+            body,
+            mesh=mesh,
+            in_specs=(chosen, {n: specs[n] for n in given_stacked}, norm_spec),
+            out_specs=chosen,
+            check_vma=False,  # what is replicated stays so: the same select runs on every copy
+        )(stacked, given_stacked, norms)
+    for step in plan.steps:
+        row = Row(plan=plan, step=step, mesh=None, specs=specs, norms=norms, norm_spec=norm_spec)
+        listed |= recovered_listed(listed, given, row)
+    return flat | new | listed
+
+
+def _with_init(state: PyTree, plan: RecoveryPlan, init: Callable[[], PyTree] | None) -> PyTree:
+    if plan.policy.method != "random" or init is None:
+        return state
+    fresh = {f"params.{leaf.name}": leaf.value for leaf in flatten(init())[0]}
+    stages = [s.stage for s in plan.steps if s.source == "average"]
+    return _replace(state, fresh, plan.layout, stages)
+
+
+def _with_optimizer(state: PyTree, plan: RecoveryPlan, tx: Any) -> PyTree:
+    kept = plan.policy.optimizer == "keep"
+    stages = [s.stage for s in plan.steps if s.source != "replica" and not (kept and _exact(s.source))]
+    if tx is not None and stages and plan.policy.optimizer != "average":
+        params = state["params"] if isinstance(state, dict) else state.params
+        fresh = {f"{OPT_STATE}.{leaf.name}": leaf.value for leaf in flatten(tx.init(params))[0]}
+        if plan.policy.optimizer == "nu_average":
+            fresh = {
+                n: v for n, v in fresh.items() if "nu" not in n.split(".") and jnp.issubdtype(v.dtype, jnp.floating)
+            }
+        state = _replace(state, fresh, plan.layout, stages)
+    return _with_settings(state, plan)
+
+
+def _exact(source: str) -> bool:
+    return source in ("stale_copy", "same_step_copy", "checkpoint_stage")
+
+
+def _replace(state: PyTree, fresh: dict[str, Any], layout: StageLayout, stages: list[int]) -> PyTree:
+    """Rows of the given stages from ``fresh``, elementwise: nothing moves."""
+    leaves, _ = flatten(state)
+    names = iter([leaf.name for leaf in leaves])
+
+    def one(_: Any, old: Any) -> Any:
+        name = next(names)
+        place = layout.placement(name)
+        if name not in fresh or _is_setting(name) or place.kind == "outside":
+            return old
+        if place.kind == "listed":
+            return fresh[name].astype(old.dtype) if place.block % layout.stages in stages else old
+        index = jax.lax.broadcasted_iota(jnp.int32, old.shape, place.stage_axis)
+        mask = jnp.zeros(old.shape, bool)
+        for stage in stages:
+            mask |= index == stage
+        return jnp.where(mask, fresh[name].astype(old.dtype), old)
+
+    return rebuild(state, one)
+
+
+def _with_settings(state: PyTree, plan: RecoveryPlan) -> PyTree:
+    """The learning rate's factor and the age since recovery, small arrays that every stage has."""
+    leaves, _ = flatten(state)
+    names = iter([leaf.name for leaf in leaves])
+
+    def one(_: Any, old: Any) -> Any:
+        name = next(names).split(".")
+        mask = jnp.zeros(plan.layout.stages, bool)
+        for step in plan.steps:
+            mask |= jnp.arange(plan.layout.stages) == step.stage
+        if "stage_lr_scale" in name:
+            base = jnp.where(jnp.isfinite(old), old, 1.0) if plan.policy.lr_compound else jnp.ones_like(old)
+            return jnp.where(mask, base * plan.policy.lr_scale, old)
+        if "stage_age" in name:
+            return jnp.where(mask, 0, old)
+        return old
+
+    return rebuild(state, one)
+
+
+def _is_setting(name: str) -> bool:
+    return bool({"stage_lr_scale", "stage_age"} & set(name.split(".")))
+
+
+def _spec(value: Any) -> PartitionSpec:
+    sharding = getattr(value, "sharding", None)
+    return sharding.spec if isinstance(sharding, NamedSharding) else PartitionSpec()
+
+
+def _check(plan: RecoveryPlan, leaves: list[Any], norms: Any, copies: Any, tx: Any, init: Any) -> None:
+    layout, policy = plan.layout, plan.policy
+    sources = {s.source for s in plan.steps}
+    shapes = ((layout.stages,), (layout.repeats, layout.stages))
+    if "average" in sources and policy.method == "weighted" and (norms is None or tuple(norms.shape) not in shapes):
+        have = None if norms is None else tuple(norms.shape)
+        raise InvalidArgumentError(f'method="weighted" needs norms of shape {shapes[0]} or {shapes[1]}; got {have}.')
+    if any(map(_exact, sources)) and copies is None:
+        raise InvalidArgumentError(f"The plan takes stages from {sorted(sources)}: pass copies=.")
+    if "average" in sources and policy.method == "random" and init is None:
+        raise InvalidArgumentError('method="random" needs init=: a function that makes fresh weights.')
+    optimizer = [leaf for leaf in leaves if OPT_STATE in leaf.name.split(".")]
+    staged = [
+        leaf for leaf in optimizer if layout.placement(leaf.name).kind != "outside" and not _is_setting(leaf.name)
+    ]
+    if staged and tx is None and policy.optimizer != "average" and sources - {"replica"}:
+        raise InvalidArgumentError(
+            f'optimizer="{policy.optimizer}" makes moments as the optimizer does: pass tx= (leaf "{staged[0].name}").'
+        )
+    if policy.optimizer not in ("fresh", "keep") or not sources - {"replica"}:
+        return
+    # Zero moments under a count that is shared and large: the first Adam updates are up to six times too large.
+    parents = {leaf.path[:-1]: leaf.name for leaf in optimizer if leaf.path[-1] == "count" and not leaf.value.shape}
+    for leaf in staged:
+        for parent, count in parents.items():
+            place = layout.placement(count)
+            if place.kind == "outside" and leaf.path[: len(parent)] == parent:
+                raise InvalidArgumentError(
+                    f'"{count}" is one count for all stages, so fresh moments of "{leaf.name}" would make the first '
+                    'updates up to 6 times too large. Use stage_optimizer(tx, layout), or optimizer="average", '
+                    '"nu_average", or "rescale" under scale_by_reset_age.'
+                )

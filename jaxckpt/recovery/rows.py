@@ -1,0 +1,211 @@
+"""One leaf of a lost stage: what arrives from where, and how it is combined. Runs inside the compiled program."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
+
+from jaxckpt.core.errors import InvalidArgumentError
+from jaxckpt.recovery.combine import Double, neighbour_weights, weighted_average
+from jaxckpt.recovery.layout import Placement
+from jaxckpt.recovery.plan import RecoveryPlan, StageStep
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """The stage that is filled, and by what."""
+
+    plan: RecoveryPlan
+    step: StageStep
+    mesh: Mesh | None  # None: no axis is manual, every row is here
+    specs: dict[str, PartitionSpec]
+    norms: Any
+    norm_spec: PartitionSpec
+
+
+def recovered_stacked(name: str, value: jax.Array, given: Any, row: Row) -> jax.Array:
+    """A leaf (..., stages, ...) with the row of the lost stage replaced; ``value`` is this device's shard."""
+    place = row.plan.layout.placement(name)
+    axis, stage = place.stage_axis, row.step.stage
+    optimizer = "opt_state" in name.split(".")
+    spec = row.specs[name]
+    if row.step.source == "replica":
+        return _from_replica(value, spec, axis, row)
+    if row.step.source in ("stale_copy", "same_step_copy", "checkpoint_stage"):
+        if given is None:
+            # Moments become fresh afterwards; a weight without a copy cannot.
+            if optimizer:
+                return _put(value, jnp.zeros_like(_local(value, stage, axis, spec, row)), spec, axis, row)
+            raise InvalidArgumentError(f'Leaf "{name}" of the lost stage has no copy.')
+        holder = stage if row.step.source == "checkpoint_stage" else (stage + 1) % row.plan.layout.stages
+        return _put(value, _from_stage(given, holder, axis, spec, row).astype(value.dtype), spec, axis, row)
+    if row.plan.policy.method == "random" and row.step.source == "average":
+        return _put(value, jnp.zeros_like(_local(value, stage, axis, spec, row)), spec, axis, row)
+    if optimizer and row.plan.policy.optimizer in ("fresh", "keep", "rescale"):
+        return value  # replaced by fresh rows
+    left, right = (None if n is None else _from_stage(value, n, axis, spec, row) for n in row.step.neighbours)
+    return _put(value, _combined(name, left, right, place, row), spec, axis, row)
+
+
+def recovered_listed(leaves: dict[str, Any], given: dict[str, Any], row: Row) -> dict[str, Any]:
+    """New leaves of the lost stage's subtrees."""
+    layout = row.plan.layout
+    found = {(p.key, p.block): n for n in leaves for p in (layout.placement(n),)}
+    new = {}
+    for (key, block), name in found.items():
+        if block % layout.stages != row.step.stage:
+            continue
+        if row.step.source in ("stale_copy", "same_step_copy", "checkpoint_stage"):
+            if name in given:
+                new[name] = given[name].astype(leaves[name].dtype)
+            continue
+        if row.step.source == "replica" or (row.plan.policy.method == "random" and row.step.source == "average"):
+            continue
+        if row.step.source == "edge_copy":
+            partner = row.step.neighbours[0]
+            assert partner is not None
+            new[name] = leaves[found[key, block - row.step.stage + partner]]
+            continue
+        sides = [leaves.get(found.get((key, block + move), "")) for move in (-1, 1)]
+        if sides[0] is None and sides[1] is None:
+            continue
+        a, b = _weights(row, block)
+        new[name] = _merge(name, sides[0], sides[1], a, b, row)
+    return new
+
+
+def _combined(name: str, left: Any, right: Any, place: Placement, row: Row) -> jax.Array:
+    layout, stage = row.plan.layout, row.step.stage
+    if row.step.source == "edge_copy":
+        return left
+    repeats = layout.repeats
+    if repeats == 1 or place.repeat_axis is None:
+        return _merge(name, left, right, *_weights(row, stage), row)
+    # Blocks r * S + stage: at the ends of a round the neighbour belongs to the round before or after.
+    axis = place.repeat_axis - (place.repeat_axis > place.stage_axis)
+    out = []
+    for r in range(repeats):
+        before, after = r - (stage == 0), r + (stage == layout.stages - 1)
+        one = None if before < 0 else jax.lax.index_in_dim(left, before, axis, keepdims=False)
+        two = None if after >= repeats else jax.lax.index_in_dim(right, after, axis, keepdims=False)
+        out.append(_merge(name, one, two, *_weights(row, r * layout.stages + stage), row))
+    return jnp.stack(out, axis)
+
+
+def _merge(name: str, left: Any, right: Any, a: Double, b: Double, row: Row) -> jax.Array:
+    policy = row.plan.policy
+    if left is None or right is None:
+        return right if left is None else left
+    if not jnp.issubdtype(left.dtype, jnp.inexact):
+        # A count of steps: the smaller one makes the smaller update.
+        return jnp.minimum(left, right) if jnp.issubdtype(left.dtype, jnp.integer) else left
+    if policy.method == "copy":
+        return left
+    if policy.method == "identity" and _matches(name, policy.zero):
+        return jnp.zeros_like(left)
+    if policy.method == "splice":
+        for pattern, axis in policy.units:
+            if _matches(name, (pattern,)):
+                half = left.shape[axis] // 2
+                index = jax.lax.broadcasted_iota(jnp.int32, left.shape, axis % left.ndim)
+                return jnp.where(index < half, left, right)
+    if policy.method == "layerwise":
+        return _between_layers(name, left, right, row)
+    return weighted_average(left, right, a, b)
+
+
+def _between_layers(name: str, left: jax.Array, right: jax.Array, row: Row) -> jax.Array:
+    place = row.plan.layout.placement(name)
+    if place.layers_axis is None:
+        raise InvalidArgumentError(f'method="layerwise": the rule for "{name}" has no layers_axis.')
+    axis = place.layers_axis - sum(
+        x is not None and x < place.layers_axis for x in (place.stage_axis, place.repeat_axis)
+    )
+    layers = left.shape[axis]
+    first = jax.lax.index_in_dim(left, layers - 1, axis)
+    last = jax.lax.index_in_dim(right, 0, axis)
+    share = (jnp.arange(layers, dtype=jnp.float32) + 1) / (layers + 1)
+    share = share.reshape([-1 if i == axis else 1 for i in range(left.ndim)])
+    zero = jnp.zeros_like(share)
+    return weighted_average(
+        jnp.broadcast_to(first, left.shape), jnp.broadcast_to(last, right.shape), (1 - share, zero), (share, zero)
+    )
+
+
+def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(f".{pattern.replace('/', '.')}." in f".{name}." for pattern in patterns)
+
+
+def _weights(row: Row, block: int) -> tuple[Double, Double]:
+    one = (jnp.ones(()), jnp.zeros(()))
+    if row.plan.policy.method != "weighted" or row.norms is None:
+        return one, one
+    layout = row.plan.layout
+    sides = [block - 1, block + 1]
+    if sides[0] < 0 or sides[1] >= layout.blocks:
+        return one, one
+    return neighbour_weights(*(_norm(row, side) for side in sides), row.plan.policy.power)
+
+
+def _norm(row: Row, block: int) -> jax.Array:
+    layout = row.plan.layout
+    repeat, stage = divmod(block, layout.stages)
+    norms = row.norms
+    axis = norms.ndim - 1
+    value = _from_stage(norms, stage, axis, row.norm_spec, row)
+    return value if axis == 0 else value[repeat]
+
+
+def _per_device(spec: PartitionSpec, axis: int, row: Row) -> int:
+    """Stages per device along the mesh axis; all of them where the leaf is not split there."""
+    layout = row.plan.layout
+    names = spec[axis] if axis < len(spec) else None
+    names = names if isinstance(names, tuple) else (names,)
+    if row.mesh is None or layout.axis not in names:
+        return layout.stages
+    if names != (layout.axis,):
+        raise InvalidArgumentError(f"The stage axis is split over mesh axes {names}; it must be {layout.axis!r} alone.")
+    return layout.stages // row.mesh.shape[layout.axis]
+
+
+def _local(x: jax.Array, stage: int, axis: int, spec: PartitionSpec, row: Row) -> jax.Array:
+    return jax.lax.index_in_dim(x, stage % _per_device(spec, axis, row), axis, keepdims=False)
+
+
+def _from_stage(x: jax.Array, source: int, axis: int, spec: PartitionSpec, row: Row) -> jax.Array:
+    """The row of stage ``source``, on the device of the lost stage."""
+    per_device = _per_device(spec, axis, row)
+    piece = _local(x, source, axis, spec, row)
+    pair = (source // per_device, row.step.stage // per_device)
+    return piece if pair[0] == pair[1] else jax.lax.ppermute(piece, row.plan.layout.axis, [pair])
+
+
+def _put(x: jax.Array, piece: jax.Array, spec: PartitionSpec, axis: int, row: Row) -> jax.Array:
+    per_device = _per_device(spec, axis, row)
+    stage = row.step.stage
+    index = jax.lax.broadcasted_iota(jnp.int32, x.shape, axis)
+    mine = index == stage % per_device
+    if per_device != row.plan.layout.stages:
+        mine &= jax.lax.axis_index(row.plan.layout.axis) == stage // per_device
+    return jnp.where(mine, jnp.expand_dims(piece, axis), x)
+
+
+def _from_replica(x: jax.Array, spec: PartitionSpec, axis: int, row: Row) -> jax.Array:
+    assert row.step.replica is not None
+    name, lost, live = row.step.replica
+    layout = row.plan.layout
+    used = {n for entry in spec for n in (entry if isinstance(entry, tuple) else (entry,))}
+    if row.mesh is None or name not in row.mesh.shape or name in used:
+        raise InvalidArgumentError(f"No replica along mesh axis {name!r}: the leaf's sharding is {spec}.")
+    per_device = _per_device(spec, axis, row)
+    piece = _local(x, row.step.stage, axis, spec, row)
+    size = row.mesh.shape[name]
+    if per_device == layout.stages:
+        moved = jax.lax.ppermute(piece, name, [(live, lost)])
+    else:
+        owner = row.step.stage // per_device
+        moved = jax.lax.ppermute(piece, (layout.axis, name), [(owner * size + live, owner * size + lost)])
+    here = jax.lax.axis_index(name) == lost
+    return jnp.where(here, _put(x, moved, spec, axis, row), x)
