@@ -1,4 +1,4 @@
-"""Presets for pipelines: the models of CheckFree (arXiv 2506.15461, table 4) with the parameter counts they really have.
+"""Presets for pipelines: the models of CheckFree (arXiv 2506.15461, table 4) with their true parameter counts.
 
 They are named as in the paper; the names are not the counts. The feed-forward width is 4 x embed as in the authors'
 code, unless the name ends in ``_narrow`` (LLaMA's 8/3 x embed).

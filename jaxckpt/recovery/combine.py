@@ -1,9 +1,9 @@
 """The weighted average of two neighbours, rounded once: sums carry their rounding error along.
 
 CheckFree (Blagoev, Ersoy, Chen, arXiv 2506.15461, section 4.2): W = (a L + b R) / (a + b), with a and b the gradient
-norms of the neighbours (``power`` 1) or their squares (``power`` 2). Where L and R nearly cancel, plain float32 loses all digits; here
-a value is an unevaluated sum of two floats (Dekker 1971; Knuth's two-sum). Every product is of parts short enough to
-be exact, so that a compiler that fuses multiply and add changes nothing.
+norms of the neighbours (``power`` 1) or their squares (``power`` 2). Where L and R nearly cancel, plain float32 loses
+all digits; here a value is an unevaluated sum of two floats (Dekker 1971; Knuth's two-sum). Every product is of parts
+short enough to be exact, so that a compiler that fuses multiply and add changes nothing.
 """
 
 import jax

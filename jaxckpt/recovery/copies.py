@@ -1,8 +1,8 @@
 """Copies of each stage on the next one, refreshed inside the training step every few steps.
 
 Beyond the CheckFree paper: a lost stage returns from a copy a few steps old while the others go on, with no rollback.
-The same mechanism with ``every=1`` keeps the embedding and the head of CheckFree+ (arXiv 2506.15461, section 4.3) exact,
-where those are split over the stage axis.
+The same mechanism with ``every=1`` keeps the embedding and the head of CheckFree+ (arXiv 2506.15461, section 4.3)
+exact, where those are leaves with a stage axis.
 """
 
 from typing import NamedTuple

@@ -1,7 +1,7 @@
 """Which leaves of a tree belong to which pipeline stage: rules over leaf names, the same for moments as for weights."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from jaxckpt.core.errors import InvalidArgumentError
@@ -77,6 +77,7 @@ class StageLayout:
 
     @property
     def blocks(self) -> int:
+        """Number of logical blocks, repeats * stages."""
         return self.stages * self.repeats
 
     def placement(self, name: str) -> Placement:
@@ -144,7 +145,12 @@ def _placement(layout: StageLayout, name: str) -> Placement:
                 return _stacked(rule)
     match = _regex(LISTED_STATE + ".{stage}").search(name)
     if match:
-        return _listed(match, layout, name)
+        place = _listed(match, layout, name)
+        for rule in layout.rules:  # its leaves are named after parameters, whose number goes too
+            inner = _regex(rule.pattern).search(place.key) if isinstance(rule, Listed) else None
+            if inner is not None:
+                return replace(place, key=_listed(inner, layout, place.key).key)
+        return place
     for rule in layout.rules:
         match = _regex(rule.pattern).search(name)
         if match is None:

@@ -48,7 +48,7 @@ def stage_optimizer(tx: Any, layout: StageLayout) -> Any:
         >>> state.stacked_stages[0].count.shape
         (4,)
     """
-    from optax import GradientTransformation
+    from optax import GradientTransformation as Transformation
 
     axes = _axes(layout)
 
@@ -83,7 +83,7 @@ def stage_optimizer(tx: Any, layout: StageLayout) -> Any:
                 new |= done
         return _joined(updates, new), StageOptimizerState(stacked_state, listed_state, outside_state)
 
-    return GradientTransformation(init, update)
+    return Transformation(init, update)  # pyright: ignore[reportArgumentType]
 
 
 def scale_by_stage_lr(layout: StageLayout, *, decay_steps: int | None = None) -> Any:
@@ -94,7 +94,7 @@ def scale_by_stage_lr(layout: StageLayout, *, decay_steps: int | None = None) ->
     Args:
         decay_steps: the factor returns to 1 linearly over so many updates; None keeps it for good.
     """
-    from optax import GradientTransformation
+    from optax import GradientTransformation as Transformation
 
     def init(params: PyTree) -> StageLrState:
         del params
@@ -108,7 +108,7 @@ def scale_by_stage_lr(layout: StageLayout, *, decay_steps: int | None = None) ->
             scale = 1.0 + (scale - 1.0) * left
         return _scaled(updates, scale, layout), StageLrState(state.stage_lr_scale, state.stage_age + 1)
 
-    return GradientTransformation(init, update)
+    return Transformation(init, update)  # pyright: ignore[reportArgumentType]
 
 
 def scale_by_reset_age(layout: StageLayout, *, b1: float = 0.9, b2: float = 0.999) -> Any:
@@ -116,7 +116,7 @@ def scale_by_reset_age(layout: StageLayout, *, b1: float = 0.9, b2: float = 0.99
 
     After zeroed moments Adam with a large count is off by (1 - b1^t) / sqrt(1 - b2^t), t updates after; this undoes it.
     """
-    from optax import GradientTransformation
+    from optax import GradientTransformation as Transformation
 
     old = 1 << 20
 
@@ -130,7 +130,7 @@ def scale_by_reset_age(layout: StageLayout, *, b1: float = 0.9, b2: float = 0.99
         factor = jnp.where(state.stage_age >= old, 1.0, jnp.sqrt(1.0 - b2**t) / (1.0 - b1**t))
         return _scaled(updates, factor, layout), ResetAgeState(jnp.minimum(state.stage_age + 1, 1 << 30))
 
-    return GradientTransformation(init, update)
+    return Transformation(init, update)  # pyright: ignore[reportArgumentType]
 
 
 def _scaled(updates: PyTree, scale: jax.Array, layout: StageLayout) -> PyTree:
@@ -175,7 +175,8 @@ def _axes(layout: StageLayout) -> tuple[int, ...]:
     }
     if len(found) > 1 or any(axes not in ((0,), (0, 1)) for axes in found):
         raise InvalidArgumentError(
-            f"stage_optimizer needs one set of stage and repeat axes, the leading ones, for all rules; found {sorted(found)}."
+            "stage_optimizer needs one set of stage and repeat axes, the leading ones, for all rules; "
+            f"found {sorted(found)}."
         )
     return next(iter(found), (0,))
 

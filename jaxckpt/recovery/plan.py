@@ -1,8 +1,8 @@
 """Choose how a lost stage comes back: every source with its price, the cheapest that is possible. Pure.
 
 Prices are seconds of training: what moving the bytes takes plus what the loss of information costs in steps. The
-priors are those of CheckFree's own tables (arXiv 2506.15461; 20 to 85 steps per average, by the arithmetic of its table 2)
-and give way to what is measured: ``observe``.
+priors are those of CheckFree's own tables (arXiv 2506.15461; 20 to 85 steps per average, by the arithmetic of its
+table 2) and give way to what is measured: ``observe``.
 """
 
 from collections.abc import Iterable, Mapping
@@ -26,8 +26,9 @@ class RecoveryPolicy:
             to the residual stream is zero), "splice" (half of the units of each), "layerwise" (interpolated between
             the last layer before and the first after).
         power: 1 or 2, of the gradient norms. The paper prints the square, its code uses the norm.
-        optimizer: what becomes of the lost stage's moments. "fresh": as ``init`` makes them. "average": like the weights.
-            "nu_average": only the second. "rescale": zero, with a shared count, under ``scale_by_reset_age``. "keep":
+        optimizer: what becomes of the lost stage's moments. "fresh": as ``init`` makes them. "average": like the
+            weights. "nu_average": only the second. "rescale": zero, with a shared count, under
+            ``scale_by_reset_age``. "keep":
             taken from the copy where the source has moments, else fresh.
         lr_scale: factor on the lost stage's learning rate, where the optimizer has ``scale_by_stage_lr``.
         lr_compound: a second loss multiplies again (Algorithm 1, read literally) instead of setting the factor.

@@ -7,6 +7,8 @@ zero: the lost rows may be NaN.
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 import jax
@@ -18,7 +20,7 @@ from jaxckpt.core.events import Recovered, emit
 from jaxckpt.core.tree import PyTree, flatten, rebuild
 from jaxckpt.recovery.layout import StageLayout, check_congruent
 from jaxckpt.recovery.plan import RecoveryPlan
-from jaxckpt.recovery.rows import Row, recovered_listed, recovered_stacked
+from jaxckpt.recovery.rows import Row, recovered_listed, recovered_stacked, refilled
 
 OPT_STATE = "opt_state"
 
@@ -32,6 +34,7 @@ def recover_stage(
     copies: PyTree = None,
     tx: Any = None,
     init: Callable[[], PyTree] | None = None,
+    fill_replicated: bool = False,
     step: int | None = None,
 ) -> PyTree:
     """The state with the lost stages filled in. ``state`` is donated.
@@ -44,6 +47,8 @@ def recover_stage(
             ``checkpoint_stage`` a tree like ``state`` (or only its weights) restored from the checkpoint.
         tx: the optax transformation, when moments become fresh.
         init: makes fresh weights, a tree like ``state["params"]``, for ``method="random"``.
+        fill_replicated: leaves outside the pipeline (embedding, head, counts) are copied to the lost stage's devices
+            from a neighbour's: for a process that starts empty. Costs their bytes in addition.
         step: for the event.
 
     Raises:
@@ -59,7 +64,7 @@ def recover_stage(
         [1.0, 2.0, 3.0, 4.0]
     """
     began = time.perf_counter()
-    program, arguments = _program(state, plan, mesh, norms, copies, tx, init)
+    program, arguments = _program(state, plan, mesh, norms, copies, tx, init, fill_replicated)
     new = program(*arguments)
     emit(
         Recovered(
@@ -82,14 +87,15 @@ def lower_recovery(
     copies: PyTree = None,
     tx: Any = None,
     init: Callable[[], PyTree] | None = None,
+    fill_replicated: bool = False,
 ) -> jax.stages.Lowered:
     """The program of ``recover_stage``, lowered: to compile ahead, or to look at. Abstract arrays will do."""
-    program, arguments = _program(state, plan, mesh, norms, copies, tx, init)
+    program, arguments = _program(state, plan, mesh, norms, copies, tx, init, fill_replicated)
     return program.lower(*arguments)
 
 
 def _program(
-    state: PyTree, plan: RecoveryPlan, mesh: Mesh, norms: Any, copies: PyTree, tx: Any, init: Any
+    state: PyTree, plan: RecoveryPlan, mesh: Mesh, norms: Any, copies: PyTree, tx: Any, init: Any, fill_replicated: bool
 ) -> tuple[Any, tuple[Any, ...]]:
     if plan.rollback:
         raise InvalidArgumentError(f"The plan is a rollback ({plan.why}): restore the state instead.")
@@ -97,7 +103,6 @@ def _program(
     layout = plan.layout
     check_congruent(leaves, layout)
     _check(plan, leaves, norms, copies, tx, init)
-    specs = {leaf.name: _spec(leaf.value) for leaf in leaves}
     values = {leaf.name: leaf.value for leaf in leaves}
     given = {leaf.name: leaf.value for leaf in flatten(copies)[0]} if copies is not None else {}
     # Copies may be of the weights alone: ``params`` need not be spelt out.
@@ -105,28 +110,47 @@ def _program(
     if unknown := [name for name, full in renamed.items() if full not in values]:
         raise InvalidArgumentError(f'Leaf "{unknown[0]}" of copies has no counterpart in the state.')
     given = {renamed[name]: value for name, value in given.items()}
-    norm_spec = _spec(norms) if norms is not None else PartitionSpec()
-    shardings = jax.tree.map(lambda leaf: getattr(leaf, "sharding", None), state)
-    one_mesh = all(
-        isinstance(s, NamedSharding) and s.mesh.device_ids.tolist() == mesh.device_ids.tolist()
-        for s in jax.tree.leaves(shardings)
+    staged = [s for n, s in ((x.name, getattr(x.value, "sharding", None)) for x in leaves) if _is_stacked(n, layout)]
+    on_mesh = any(_on(sharding, mesh) for sharding in staged)
+    program = _compiled(
+        replace(plan, options=(), why="", seconds=0.0),
+        mesh if on_mesh else None,
+        tuple((leaf.name, _spec(leaf.value)) for leaf in leaves),
+        _spec(norms),
+        jax.tree.structure(state),
+        tuple(s if _on(s, mesh) else None for s in (getattr(x, "sharding", None) for x in jax.tree.leaves(state))),
+        tx,
+        init,
+        fill_replicated,
     )
-    where = mesh if one_mesh else None
+    return program, (state, norms, given)
 
+
+# Losing the same stage again compiles nothing.
+@lru_cache(maxsize=32)
+def _compiled(
+    plan: RecoveryPlan,
+    mesh: Mesh | None,
+    specs: tuple[tuple[str, PartitionSpec], ...],
+    norm_spec: PartitionSpec,
+    structure: Any,
+    shardings: tuple[Any, ...],
+    tx: Any,
+    init: Callable[[], PyTree] | None,
+    fill_replicated: bool,
+) -> Any:
     def run(state: PyTree, norms: Any, given: dict[str, Any]) -> PyTree:
         with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
             inner = flatten(state)[0]  # jit has sorted the keys of dictionaries
             flat = {leaf.name: leaf.value for leaf in inner}
-            weighted = _rows(flat, plan, norms, given, where, specs, norm_spec)
+            rows = _rows(flat, plan, norms, given, mesh, dict(specs), norm_spec, fill_replicated)
             names = iter([leaf.name for leaf in inner])
-            state = rebuild(state, lambda _, __: weighted[next(names)])
+            state = rebuild(state, lambda _, __: rows[next(names)])
             state = _with_init(state, plan, init)
             return _with_optimizer(state, plan, tx)
 
-    options: dict[str, Any] = {"donate_argnums": 0}
-    if one_mesh:
-        options["out_shardings"] = shardings
-    return jax.jit(run, **options), (state, norms, given)
+    out = {"out_shardings": jax.tree.unflatten(structure, shardings)} if mesh is not None else {}
+    return jax.jit(run, donate_argnums=0, **out)
 
 
 def _rows(
@@ -137,29 +161,35 @@ def _rows(
     mesh: Mesh | None,
     specs: dict[str, PartitionSpec],
     norm_spec: PartitionSpec,
+    fill_replicated: bool,
 ) -> dict[str, Any]:
     layout = plan.layout
-    stacked = {n: v for n, v in flat.items() if layout.placement(n).kind == "stacked" and not _is_setting(n)}
+    stacked = {n: v for n, v in flat.items() if _is_stacked(n, layout)}
+    shared = {n: v for n, v in flat.items() if layout.placement(n).kind == "outside" or _is_setting(n)}
     listed = {n: v for n, v in flat.items() if layout.placement(n).kind == "listed"}
     given_stacked = {n: v for n, v in given.items() if n in stacked}
 
-    def body(stacked: dict[str, Any], given: dict[str, Any], norms: Any) -> dict[str, Any]:
+    def body(stacked: dict[str, Any], given: dict[str, Any], norms: Any, shared: dict[str, Any]) -> Any:
         for step in plan.steps:
             row = Row(plan=plan, step=step, mesh=mesh, specs=specs, norms=norms, norm_spec=norm_spec)
             stacked = {n: recovered_stacked(n, v, given.get(n), row) for n, v in stacked.items()}
-        return stacked
+            shared = {n: refilled(n, v, row) for n, v in shared.items()}
+        return stacked, shared
 
     if mesh is None or layout.axis not in mesh.shape:
-        new = body(stacked, given_stacked, norms)
+        new, _ = body(stacked, given_stacked, norms, {})
     else:
-        chosen = {n: specs[n] for n in stacked}
-        new = jax.shard_map(
+        if not fill_replicated:
+            shared = {}
+        chosen, held = {n: specs[n] for n in stacked}, {n: specs[n] for n in shared}
+        new, shared = jax.shard_map(
             body,
             mesh=mesh,
-            in_specs=(chosen, {n: specs[n] for n in given_stacked}, norm_spec),
-            out_specs=chosen,
+            in_specs=(chosen, {n: specs[n] for n in given_stacked}, norm_spec, held),
+            out_specs=(chosen, held),
             check_vma=False,  # what is replicated stays so: the same select runs on every copy
-        )(stacked, given_stacked, norms)
+        )(stacked, given_stacked, norms, shared)
+        new = new | shared
     for step in plan.steps:
         row = Row(plan=plan, step=step, mesh=None, specs=specs, norms=norms, norm_spec=norm_spec)
         listed |= recovered_listed(listed, given, row)
@@ -231,6 +261,14 @@ def _with_settings(state: PyTree, plan: RecoveryPlan) -> PyTree:
         return old
 
     return rebuild(state, one)
+
+
+def _is_stacked(name: str, layout: StageLayout) -> bool:
+    return layout.placement(name).kind == "stacked" and not _is_setting(name)
+
+
+def _on(sharding: Any, mesh: Mesh) -> bool:
+    return isinstance(sharding, NamedSharding) and sharding.mesh == mesh
 
 
 def _is_setting(name: str) -> bool:

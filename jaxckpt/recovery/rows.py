@@ -76,7 +76,30 @@ def recovered_listed(leaves: dict[str, Any], given: dict[str, Any], row: Row) ->
     return new
 
 
-def _combined(name: str, left: Any, right: Any, place: Placement, row: Row) -> jax.Array:
+def refilled(name: str, value: jax.Array, row: Row) -> jax.Array:
+    """A leaf that all stages hold, copied to the lost stage's devices from a living one's."""
+    assert row.mesh is not None
+    layout = row.plan.layout
+    if jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
+        data = refilled(name, jax.random.key_data(value), row)
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(value))
+    used = {n for entry in row.specs[name] for n in (entry if isinstance(entry, tuple) else (entry,))}
+    if layout.axis in used:
+        raise InvalidArgumentError(
+            f'Leaf "{name}" is split over {layout.axis!r} and outside the pipeline: keep a copy (NeighbourCopies).'
+        )
+    size = row.mesh.shape[layout.axis]
+    per_device = layout.stages // size
+    owner = row.step.stage // per_device
+    gone = {stage // per_device for stage in row.plan.lost}
+    living = next((d % size for d in range(owner + 1, owner + size) if d % size not in gone), None)
+    if living is None:
+        raise InvalidArgumentError(f'Leaf "{name}": no device of another stage is left to copy it from.')
+    moved = jax.lax.ppermute(value, layout.axis, [(living, owner)])
+    return jnp.where(jax.lax.axis_index(layout.axis) == owner, moved, value)
+
+
+def _combined(name: str, left: Any, right: Any, place: Placement, row: Row) -> Any:
     layout, stage = row.plan.layout, row.step.stage
     if row.step.source == "edge_copy":
         return left
@@ -94,7 +117,7 @@ def _combined(name: str, left: Any, right: Any, place: Placement, row: Row) -> j
     return jnp.stack(out, axis)
 
 
-def _merge(name: str, left: Any, right: Any, a: Double, b: Double, row: Row) -> jax.Array:
+def _merge(name: str, left: Any, right: Any, a: Double, b: Double, row: Row) -> Any:
     policy = row.plan.policy
     if left is None or right is None:
         return right if left is None else left
@@ -146,7 +169,7 @@ def _weights(row: Row, block: int) -> tuple[Double, Double]:
     sides = [block - 1, block + 1]
     if sides[0] < 0 or sides[1] >= layout.blocks:
         return one, one
-    return neighbour_weights(*(_norm(row, side) for side in sides), row.plan.policy.power)
+    return neighbour_weights(_norm(row, sides[0]), _norm(row, sides[1]), row.plan.policy.power)
 
 
 def _norm(row: Row, block: int) -> jax.Array:
