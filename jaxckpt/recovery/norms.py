@@ -49,8 +49,8 @@ def stage_norms(grads: PyTree, layout: StageLayout) -> jax.Array:
 def init_norms(layout: StageLayout) -> StageNorms:
     """All zero: neighbours weigh the same until the first step."""
     shape = (layout.stages,) if layout.repeats == 1 else (layout.repeats, layout.stages)
-    zero = jnp.zeros(shape, jnp.float32)
-    return StageNorms(zero, zero, zero)
+    # Three arrays: one buffer cannot be donated thrice.
+    return StageNorms(*(jnp.zeros(shape, jnp.float32) for _ in range(3)))
 
 
 def update_norms(

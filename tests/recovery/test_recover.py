@@ -17,7 +17,7 @@ from jaxckpt.core.errors import InvalidArgumentError
 from jaxckpt.core.events import Recovered, subscribe
 from jaxckpt.recovery.copies import copy_ages, init_copies, refresh_copies
 from jaxckpt.recovery.layout import Listed, Stacked, StageLayout
-from jaxckpt.recovery.norms import finite_stages, stage_norms
+from jaxckpt.recovery.norms import finite_stages, init_norms, stage_norms
 from jaxckpt.recovery.optimizer import scale_by_reset_age, scale_by_stage_lr, stage_optimizer
 from jaxckpt.recovery.plan import Available, RecoveryPolicy, plan_recovery
 from jaxckpt.recovery.recover import lower_recovery, recover_stage
@@ -233,3 +233,8 @@ def test_norms_are_per_stage_without_a_collective() -> None:
     )
     bad = {"stages": jnp.asarray(poison(np.ones((4, 2), np.float32), 3))}
     assert finite_stages(bad, PLAIN).tolist() == [True, True, True, False]
+
+
+def test_fresh_norms_can_be_donated() -> None:
+    pointers = [norm.unsafe_buffer_pointer() for norm in init_norms(PLAIN)]
+    assert len(set(pointers)) == 3
