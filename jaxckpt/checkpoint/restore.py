@@ -19,7 +19,7 @@ from jaxckpt.core.errors import InvalidArgumentError, MismatchError
 from jaxckpt.core.events import Restored, emit
 from jaxckpt.core.tree import NONE, build, children_of, flatten, path_name, rebuild
 from jaxckpt.storage.url import Location, StorageOptions, location_text, open_store
-from jaxckpt.transfer.upload import Destination, Target, device_destination, host_destination
+from jaxckpt.transfer.upload import Allocation, Destination, Target, device_destination, host_destination
 
 STAGING_BYTES = 32 * 1024 * 1024  # of a batch: two of them are the host memory beyond the restored arrays
 Chooser = Callable[[str, jax.ShapeDtypeStruct], Sharding | None]
@@ -251,15 +251,17 @@ def _fetch(source: Source, wants: list[Want]) -> tuple[list[Any], int]:
 
 def _batches(source: Source, wants: list[tuple[int, Want]]) -> Iterator[list[_Job]]:
     batch: list[_Job] = []
-    size = 0
+    size, allocation = 0, Allocation()
     for place, want in wants:
-        job = _Job(want, place, _destination(source, want))
+        job = _Job(want, place, _destination(source, want, allocation))
         batch.append(job)
         size += _batch_bytes(source, job)
         if size >= STAGING_BYTES:
+            allocation.make()
             yield batch
-            batch, size = [], 0
+            batch, size, allocation = [], 0, Allocation()
     if batch:
+        allocation.make()
         yield batch
 
 
@@ -271,13 +273,13 @@ def _batch_bytes(source: Source, job: _Job) -> int:
     return math.prod(entry.shape) * dtype_of(entry.dtype).itemsize // 4
 
 
-def _destination(source: Source, want: Want) -> Destination:
+def _destination(source: Source, want: Want, allocation: Allocation) -> Destination:
     entry = source.leaves[want.leaf]
     shape, dtype = want.shape or entry.shape, dtype_of(entry.dtype)
     zero = shape != entry.shape
     if want.sharding is None:
         return host_destination(shape, dtype, zero=zero)
-    return device_destination(shape, dtype, want.sharding, cast=want.cast, zero=zero)
+    return device_destination(shape, dtype, want.sharding, allocation=allocation, cast=want.cast, zero=zero)
 
 
 def _fill(source: Source, batch: list[_Job], *, together: bool) -> int:

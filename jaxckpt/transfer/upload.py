@@ -19,8 +19,10 @@ from jaxckpt.core.box import Box, from_index, whole
 from jaxckpt.core.dtypes import is_packed, mover
 from jaxckpt.core.errors import InvalidArgumentError
 from jaxckpt.plan.shards import device_boxes
+from jaxckpt.transfer.allocate import can_allocate, uninitialised
 
-IN_PLACE_BYTES = 1024 * 1024
+IN_PLACE_BYTES = 128 * 1024
+UNINITIALISED_BYTES = 64 * 1024 * 1024  # less is zeroed faster than the program that allocates it is compiled
 _ALIGNMENT = 64
 
 
@@ -55,8 +57,34 @@ def host_destination(shape: tuple[int, ...], dtype: np.dtype, *, zero: bool = Fa
     return Destination(staged_bytes=0, targets=lambda: targets, finish=lambda: array)
 
 
+class Allocation:
+    """Arrays that large destinations ask for, allocated all at once."""
+
+    def __init__(self) -> None:
+        self._wanted: list[tuple[tuple[int, ...], np.dtype, Sharding]] = []
+        self._arrays: list[jax.Array] = []
+
+    def ask(self, shape: tuple[int, ...], dtype: np.dtype, sharding: Sharding) -> Callable[[], jax.Array]:
+        """Returns a function that gives the array, to be written to by its address, once ``make`` was called."""
+        place = len(self._wanted)
+        self._wanted.append((shape, dtype, sharding))
+        return lambda: self._arrays[place]
+
+    def make(self) -> None:
+        """Allocate what was asked for. In the caller's thread: JAX's settings (x64) may be those of a thread."""
+        size = sum(math.prod(shape) * dtype.itemsize for shape, dtype, _ in self._wanted)
+        large = size >= UNINITIALISED_BYTES and all(can_allocate(*each) for each in self._wanted)
+        self._arrays = uninitialised(self._wanted) if large else [_zeroed(*each) for each in self._wanted]
+
+
 def device_destination(
-    shape: tuple[int, ...], dtype: np.dtype, sharding: Sharding, *, cast: np.dtype | None = None, zero: bool = False
+    shape: tuple[int, ...],
+    dtype: np.dtype,
+    sharding: Sharding,
+    *,
+    allocation: Allocation,
+    cast: np.dtype | None = None,
+    zero: bool = False,
 ) -> Destination:
     """A jax.Array of this sharding; only the parts of this process's devices are filled.
 
@@ -64,6 +92,7 @@ def device_destination(
         shape: global shape.
         dtype: of the bytes that will be filled in.
         sharding: of the result.
+        allocation: shared with the other destinations that are filled at the same time.
         cast: dtype of the result, where it is another one; the cast is done on the host.
         zero: elements that nobody fills are zero.
     """
@@ -71,7 +100,9 @@ def device_destination(
     shard_bytes = max((box.size for box in boxes.values()), default=0) * dtype.itemsize
     in_place = cast is None and shard_bytes >= IN_PLACE_BYTES and not is_packed(dtype)
     if in_place and _is_plain_cpu(sharding):
-        return _in_place(shape, dtype, sharding, boxes)
+        zeros = _zeroed(shape, dtype, sharding) if zero else None
+        get = allocation.ask(shape, dtype, sharding) if zeros is None else lambda: zeros
+        return _in_place(get, dtype, boxes)
     return _staged(shape, dtype, sharding, boxes, cast, zero)
 
 
@@ -133,20 +164,13 @@ def _cast(buffer: np.ndarray, dtype: np.dtype) -> np.ndarray:
     return out
 
 
-def _in_place(shape: tuple[int, ...], dtype: np.dtype, sharding: Sharding, boxes: dict[jax.Device, Box]) -> Destination:
-    # XLA allocates and fills with zeros; nobody else has seen the arrays when their memory is written to.
-    arrays = [jax.device_put(_zeros(box.shape, dtype), device, may_alias=False) for device, box in boxes.items()]
-
+def _in_place(get: Callable[[], jax.Array], dtype: np.dtype, boxes: dict[jax.Device, Box]) -> Destination:
     def targets() -> tuple[Target, ...]:
-        jax.block_until_ready(arrays)
-        return tuple(
-            Target(box, _memory(array, dtype, box.shape)) for box, array in zip(boxes.values(), arrays, strict=True)
-        )
+        # Nobody else has seen the array when its memory is written to.
+        shards = {shard.device: shard.data for shard in jax.block_until_ready(get()).addressable_shards}
+        return tuple(Target(box, _memory(shards[device], dtype, box.shape)) for device, box in boxes.items())
 
-    def finish() -> jax.Array:
-        return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
-
-    return Destination(staged_bytes=0, targets=targets, finish=finish)
+    return Destination(staged_bytes=0, targets=targets, finish=get)
 
 
 def _memory(array: jax.Array, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
@@ -159,6 +183,12 @@ def _memory(array: jax.Array, dtype: np.dtype, shape: tuple[int, ...]) -> np.nda
 
 
 _ZERO_BYTES = np.zeros(0, np.uint8)
+
+
+def _zeroed(shape: tuple[int, ...], dtype: np.dtype, sharding: Sharding) -> jax.Array:
+    boxes = device_boxes(sharding, shape)
+    parts = [jax.device_put(_zeros(box.shape, dtype), device, may_alias=False) for device, box in boxes.items()]
+    return jax.make_array_from_single_device_arrays(shape, sharding, parts)
 
 
 def _zeros(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
