@@ -16,6 +16,12 @@ from jaxckpt.core.errors import CorruptionError as CorruptionError
 from jaxckpt.core.errors import MismatchError as MismatchError
 from jaxckpt.core.errors import NotCommittedError as NotCommittedError
 from jaxckpt.core.errors import NotFoundError as NotFoundError
+from jaxckpt.manager.manager import CheckpointManager as CheckpointManager
+from jaxckpt.manager.policies import at as at
+from jaxckpt.manager.policies import best as best
+from jaxckpt.manager.policies import every as every
+from jaxckpt.manager.policies import latest as latest
+from jaxckpt.manager.policies import newer_than as newer_than
 from jaxckpt.storage.url import StorageOptions as StorageOptions
 from jaxckpt.transfer.in_step import with_capture as with_capture
 
@@ -24,6 +30,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AlreadyExistsError",
     "CheckpointError",
+    "CheckpointManager",
     "CoordinationError",
     "CorruptionError",
     "Lineage",
@@ -32,8 +39,13 @@ __all__ = [
     "NotFoundError",
     "PendingSave",
     "StorageOptions",
+    "at",
+    "best",
     "diff",
+    "every",
     "inspect",
+    "latest",
+    "newer_than",
     "on_host",
     "restore",
     "save",
