@@ -10,6 +10,7 @@ from jaxckpt.core.events import (
     Flushed,
     Preempted,
     Progress,
+    Recovered,
     Restored,
     SaveFailed,
     SaveSkipped,
@@ -94,6 +95,10 @@ def describe(event: Event) -> str:
             return f"removed what dead runs left at {event.path}: {', '.join(event.names)}"
         case Preempted():
             return f"preempted ({event.reason}): all processes save step {event.step}"
+        case Recovered():
+            stages = ", ".join(f"{k} from {source}" for k, source in zip(event.stages, event.sources, strict=True))
+            at = "" if event.step is None else f" at step {event.step}"
+            return f"recovered lost stages{at} ({event.method}): {stages}; {seconds(event.seconds)}"
 
 
 def _what(

@@ -23,6 +23,7 @@ from jaxckpt.core.events import (
     Flushed,
     Preempted,
     Progress,
+    Recovered,
     Restored,
     SaveFailed,
     SaveSkipped,
@@ -57,6 +58,11 @@ EXAMPLES: list[tuple[Event, int | None, str]] = [
     (StepDeleted(path="/c/7", step=7), logging.INFO, "deleted /c/7 (step 7)"),
     (Swept(path="/c", names=("8.tmp", "9.tmp")), logging.INFO, "left at /c: 8.tmp, 9.tmp"),
     (Preempted(step=7, reason="SIGTERM on process 2"), logging.INFO, "all processes save step 7"),
+    (
+        Recovered(step=7, stages=(1,), sources=("stale",), method="stale", seconds=0.5),
+        logging.INFO,
+        "recovered lost stages at step 7 (stale): 1 from stale; 500 ms",
+    ),
 ]
 
 

@@ -9,10 +9,6 @@ import re
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import pytest
-
-# libtpu is no dependency of the tests: `make test-tpu` brings it, elsewhere they are skipped.
-pytest.importorskip("libtpu", reason="no libtpu: run `make test-tpu`", exc_type=ImportError)
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no metadata server to ask
 
 import jax

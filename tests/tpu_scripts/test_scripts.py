@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = ROOT / "tpu_scripts"
@@ -147,7 +147,6 @@ def test_the_manifest_is_whole_and_filled_in() -> None:
     assert "@" not in done.stdout.replace("pkg@", "")
     for part in ("replicas: 3", "parallelism: 4", "google.com/tpu: 4", 'tpu-topology: "4x4"', "train.py gs://b/run"):
         assert part in done.stdout, part
-    yaml = pytest.importorskip("yaml")
     manifest = yaml.safe_load("\n".join(line for line in done.stdout.splitlines() if not line.startswith("+")))
     pod = manifest["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
     assert pod["containers"][0]["image"] == "i:1"
@@ -169,17 +168,10 @@ def test_clusters_of_gpus() -> None:
 
 
 def test_the_scripts_are_clean() -> None:
-    beside = Path(sys.executable).parent / "shellcheck"
-    shellcheck = str(beside) if beside.exists() else shutil.which("shellcheck")
-    if shellcheck is None:
-        pytest.skip("no shellcheck here; `make lint` has it")
-    done = subprocess.run(
-        [shellcheck, "--external-sources", *sorted(str(p.relative_to(ROOT)) for p in SCRIPTS.glob("*.sh"))],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=ROOT,
-    )
+    shellcheck = Path(sys.executable).parent / "shellcheck"
+    scripts = sorted(str(p.relative_to(ROOT)) for p in SCRIPTS.glob("*.sh"))
+    command = [str(shellcheck), "--external-sources", *scripts]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stdout
 
 
