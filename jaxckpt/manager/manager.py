@@ -9,8 +9,10 @@ from jaxckpt.checkpoint.restore import restore
 from jaxckpt.checkpoint.save import Hold, Request, start
 from jaxckpt.coordination.jax_client import current_coordinator
 from jaxckpt.core.errors import AlreadyExistsError, CheckpointError, InvalidArgumentError, NotFoundError
+from jaxckpt.manager import extras as extra_files
 from jaxckpt.manager.policies import KeepPolicy, SaveContext, SavePolicy, StepRecord, every, ranked, to_delete
 from jaxckpt.manager.steps import ITEM, find_steps, read_record, remove, seal
+from jaxckpt.manager.triggers import Measure, Triggers
 from jaxckpt.storage.url import Location, StorageOptions, open_store
 from jaxckpt.transfer.staging import default_budget_bytes
 
@@ -57,30 +59,72 @@ class CheckpointManager:
         self._states: dict[int, str] = {}
         self._latest = self.latest_step()
         self._saved_at = time.monotonic()
+        self._triggers = Triggers(getattr(self._save, "triggers", ()))
+        self._measure = Measure()
+
+    @property
+    def preempted(self) -> bool:
+        """Whether the job is to end: the step that all processes save has been reached. Leave the loop then."""
+        return self._triggers.preempted
+
+    def explain(self) -> str:
+        """Why ``optimal`` saves as often as it does; empty without it."""
+        return self._triggers.explain()
 
     def should_save(self, step: int) -> bool:
-        """Whether the policy wants this step."""
-        since = time.monotonic() - self._saved_at
-        return self._save.should_save(SaveContext(step=step, latest_step=self._latest, since_save_s=since))
+        """Whether the policy wants this step; every process asks at the same steps."""
+        now = time.monotonic()
+        self._measure.step(step, now)
+        fired = self._triggers.fired(step, self._latest)
+        context = SaveContext(
+            step=step,
+            latest_step=self._latest,
+            since_save_s=now - self._saved_at,
+            preempting=self._triggers.preempted,
+            stall_s=self._measure.stall_s,
+            save_s=self._measure.save_s,
+            step_s=self._measure.step_s,
+            fired=fired,
+        )
+        return self._save.should_save(context)
 
-    def save(self, step: int, tree: Any, *, metrics: Mapping[str, float] | None = None, force: bool = False) -> bool:
+    def save(
+        self,
+        step: int,
+        tree: Any,
+        *,
+        metrics: Mapping[str, float] | None = None,
+        extras: Mapping[str, Any] | None = None,
+        force: bool = False,
+    ) -> bool:
         """Save in the background if the policy wants this step; whether it does. The tree is captured on return.
+
+        Args:
+            step: its number.
+            tree: what to save.
+            metrics: numbers by name, for ``best``.
+            extras: what each process keeps for itself, by name: data iterators, generators of random numbers and other
+                objects with ``get_state`` and ``set_state``, JSON values, bytes. Their states are taken now.
+            force: whatever the policy says.
 
         Raises:
             AlreadyExistsError: the step exists, or is being saved.
             CheckpointError: an earlier save failed, told once; nothing was begun.
         """
         self._settle()
-        if not (force or self.should_save(step)):
+        wanted = self.should_save(step)  # asked when forced as well: triggers are to see every step
+        if not (force or wanted):
             return False
         if step in self._running or step in find_steps(self._root):
             raise AlreadyExistsError(
                 f"Step {step} of {self._root.url} exists already. Delete it first: delete({step})."
             )
+        here = current_coordinator()
+        attach = extra_files.attached(self._root.child(str(step)), extras, here.rank, here.size)
         remove(self._root, str(step))  # what a save that died has left
         numbers = None if metrics is None else {name: float(value) for name, value in metrics.items()}
-        sealed = partial(seal, self._root, step, numbers, time.time_ns())
-        what = Request(path=self._root.child(f"{step}/{ITEM}"), tree=tree, step=step, seal=sealed)
+        sealed = partial(seal, self._root, step, numbers, time.time_ns(), extras=bool(extras))
+        what = Request(path=self._root.child(f"{step}/{ITEM}"), tree=tree, step=step, seal=sealed, attach=attach)
         self._running[step] = start(what, Hold(budget_bytes=default_budget_bytes()), time.perf_counter())
         self._states[step] = "captured"
         self._latest, self._saved_at = step, time.monotonic()
@@ -101,13 +145,42 @@ class CheckpointManager:
         self._settle()
 
     def close(self) -> None:
-        """Wait for all saves. Raises as ``save``."""
-        self.wait()
+        """Wait for all saves and put signal handlers back. Raises as ``save``."""
+        try:
+            self.wait()
+        finally:
+            self._triggers.close()
+            self._measure.close()
 
-    def resume(self, like: Any = None) -> tuple[int | None, Any]:
-        """The newest step and its tree; ``(None, like)`` where there is none. Errors as of ``jaxckpt.restore``."""
+    def resume(self, like: Any = None, *, extras: Mapping[str, Any] | None = None) -> tuple[int | None, Any]:
+        """The newest step and its tree; ``(None, like)`` where there is none. Errors as of ``jaxckpt.restore``.
+
+        ``extras`` are filled, see ``restore_extras``.
+        """
         step = self.latest_step()
-        return (None, like) if step is None else (step, self.restore(step, like))
+        if step is None:
+            return None, like
+        tree = self.restore(step, like)
+        if extras:
+            self.restore_extras(step, extras)
+        return step, tree
+
+    def restore_extras(self, step: int, extras: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Give objects the states they had at a step, on this process; returns the states by name.
+
+        Args:
+            step: one that exists.
+            extras: name -> object to fill, or any other value to only have what was saved. None: all that were saved.
+
+        Raises:
+            NotFoundError: no such step, or no extras of that name in it.
+            MismatchError: another number of processes saved them, their states differ, and the object has no
+                ``set_states``, which would get the states of all.
+            CorruptionError: what is stored is damaged.
+        """
+        here = current_coordinator()
+        folder = self._root.child(self._folder(step))
+        return extra_files.restore_extras(folder, extras, here.rank, here.size)
 
     def restore(self, step: int, like: Any = None) -> Any:
         """The tree of a step; ``like`` and errors as of ``jaxckpt.restore``."""

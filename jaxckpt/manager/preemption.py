@@ -80,21 +80,35 @@ class SignalNotice:
     ) -> None:
         self._coordinator = coordinator
         self._timeout_s = timeout_s
-        self._name = session_name("preemption/" + "-".join(signal.Signals(one).name for one in signals))
-        self._key = f"jaxckpt/{self._name}/notice"
-        self._reason = ""  # set by the handler
-        self._told = False
+        self._names = "preemption/" + "-".join(signal.Signals(one).name for one in signals)
         self._state = threading.Lock()  # held while the processes agree, so that no step begins meanwhile
         self._step: int | None = None
+        self._closing = threading.Event()
+        self._listener: threading.Thread | None = None
+        self._reason = ""  # set by the handler
+        self._handlers = _install(signals, self._note)
+        self._begin()
+
+    def again(self) -> None:
+        """Listen for the next signal; all processes call it after ``reached`` has said True, at that step.
+
+        Signals that came in between are one with the last.
+        """
+        if self._listener is not None:
+            self._listener.join()
+        self._reason = ""
+        self._begin()
+
+    def _begin(self) -> None:
+        self._told = False
         self._agreed: int | None = None
         self._error: CoordinationError | None = None
         self._saved = False
+        name = session_name(self._names)
+        self._key = f"jaxckpt/{name}/notice"
         self._session: Session | None = None
-        self._closing = threading.Event()
-        self._handlers = _install(signals, self._note)
-        self._listener: threading.Thread | None = None
-        if coordinator.size > 1:
-            self._session = Session(coordinator, self._name)
+        if self._coordinator.size > 1:
+            self._session = Session(self._coordinator, name)
             self._listener = threading.Thread(target=self._listen, name="jaxckpt-preemption", daemon=True)
             self._listener.start()
 

@@ -17,6 +17,7 @@ from jaxckpt.storage.store import AbstractStore
 
 ITEM = "default"
 METRICS = "metrics/metrics"
+_JSON_HANDLER = "orbax.checkpoint._src.handlers.json_checkpoint_handler.JsonCheckpointHandler"
 _STEP = re.compile(r"(?:[^.]*_)?(\d+)")  # prefixes and zero padding, and none of Orbax's temporary folders
 
 
@@ -42,13 +43,17 @@ def read_record(root: AbstractStore, step: int, folder: str) -> StepRecord:
     return StepRecord(step=step, time_s=(metadata.get("commit_timestamp_nsecs") or 0) / 1e9, metrics=numbers)
 
 
-def seal(root: AbstractStore, step: int, metrics: dict[str, float] | None, start_ns: int) -> None:
-    """Make a step exist, once its tree is committed."""
+def seal(
+    root: AbstractStore, step: int, metrics: dict[str, float] | None, start_ns: int, *, extras: bool = False
+) -> None:
+    """Make a step exist, once its tree is committed. ``extras``: there are some, which Orbax then sees as JSON."""
     folder = root.child(str(step))
     handlers = {ITEM: om.PYTREE_HANDLER}
     if metrics is not None:
-        handlers["metrics"] = "orbax.checkpoint._src.handlers.json_checkpoint_handler.JsonCheckpointHandler"
+        handlers["metrics"] = _JSON_HANDLER
         folder.write(METRICS, json.dumps(metrics).encode())
+    if extras:
+        handlers["extras"] = _JSON_HANDLER
     if not isinstance(root, LocalStore):
         folder.write(om.COMMIT_MARKER, om.commit_text(folder.url))
     marker = om.encode_checkpoint_metadata(
