@@ -22,6 +22,9 @@ from jaxckpt.manager.policies import best as best
 from jaxckpt.manager.policies import every as every
 from jaxckpt.manager.policies import latest as latest
 from jaxckpt.manager.policies import newer_than as newer_than
+from jaxckpt.manager.triggers import on_preemption as on_preemption
+from jaxckpt.manager.triggers import on_signal as on_signal
+from jaxckpt.manager.triggers import optimal as optimal
 from jaxckpt.storage.url import StorageOptions as StorageOptions
 from jaxckpt.transfer.in_step import with_capture as with_capture
 
@@ -47,6 +50,9 @@ __all__ = [
     "latest",
     "newer_than",
     "on_host",
+    "on_preemption",
+    "on_signal",
+    "optimal",
     "restore",
     "save",
     "save_async",
