@@ -126,7 +126,7 @@ class Preempted:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recovered:
-    """Lost pipeline stages were filled in; ``seconds`` until the program was handed to the devices, compiling included."""
+    """Lost pipeline stages were filled in; ``seconds`` until the program was started, compiling included."""
 
     step: int | None
     stages: tuple[int, ...]
