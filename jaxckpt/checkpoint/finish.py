@@ -33,7 +33,7 @@ class Work:
     """A save that has been planned and captured.
 
     ``later`` lands the pieces that are still on their way. ``attach`` is called on every process before it reports that
-    it has written; ``seal`` on process 0 after the commit, before the others are told.
+    it has written; ``seal`` on process 0 after the commit, before the others are told; ``undo`` there after a failure.
     """
 
     store: AbstractStore
@@ -49,6 +49,7 @@ class Work:
     timeout_s: float
     attach: Callable[[], None] | None
     seal: Callable[[], None] | None
+    undo: Callable[[], None] | None
 
 
 @dataclass(slots=True)
@@ -214,6 +215,9 @@ def _clean_up(work: Work, opened: list[str], error: Exception) -> None:
     """Give back the space of a failed save, unless it turns out to have committed."""
     store, before = work.store, work.before
     try:
+        if work.undo is not None and work.rank == 0:  # who alone commits, and has not
+            work.undo()
+            return
         if before.committed:
             sidecar = store.read(FILE_NAME) if store.exists(FILE_NAME) else b""
             committed = any(name.encode() in sidecar for name in opened)

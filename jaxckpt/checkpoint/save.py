@@ -154,7 +154,8 @@ class Request:
     """What to save, where to, and what else belongs to it.
 
     ``attach`` is called on every process, in the background part, before it reports that it has written; ``seal`` on
-    process 0 after the commit, before the others are told. What they raise fails the save.
+    process 0 after the commit, before the others are told. What they raise fails the save. ``undo`` is called there
+    when the save has failed, and removes all of it.
     """
 
     path: Location
@@ -168,6 +169,7 @@ class Request:
     timeout_s: float = TIMEOUT_S
     attach: Callable[[], None] | None = None
     seal: Callable[[], None] | None = None
+    undo: Callable[[], None] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -259,6 +261,7 @@ def begin(what: Request, hold: Hold | None) -> Begun:
         timeout_s=what.timeout_s,
         attach=what.attach,
         seal=what.seal,
+        undo=what.undo,
     )
     return Begun(partial(finish, work), landing.now, rank, size)
 

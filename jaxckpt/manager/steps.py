@@ -9,6 +9,7 @@ import re
 import time
 from contextlib import suppress
 
+from jaxckpt.checkpoint.commit import is_unfinished
 from jaxckpt.core.errors import NotFoundError
 from jaxckpt.format import orbax_metadata as om
 from jaxckpt.manager.policies import StepRecord
@@ -17,19 +18,43 @@ from jaxckpt.storage.store import AbstractStore
 
 ITEM = "default"
 METRICS = "metrics/metrics"
+EXTRAS = "extras/"
 _JSON_HANDLER = "orbax.checkpoint._src.handlers.json_checkpoint_handler.JsonCheckpointHandler"
 _STEP = re.compile(r"(?:[^.]*_)?(\d+)")  # prefixes and zero padding, and none of Orbax's temporary folders
 
 
 def find_steps(root: AbstractStore) -> dict[int, str]:
     """Steps that exist, ascending -> their folders."""
-    found = {}
-    for folder in root.folders():
-        name = folder.strip("/")
-        match = _STEP.fullmatch(name)
-        if match and _exists(root, name):
-            found[int(match[1])] = name
-    return dict(sorted(found.items()))
+    if isinstance(root, LocalStore):
+        found = {name for name in root.folders() if _STEP.fullmatch(name) and exists(root, name)}
+    else:  # one listing tells all
+        names = set(root.names())
+        marked = {name.partition("/")[0] for name in names if name.endswith(f"/{om.CHECKPOINT_METADATA}")}
+        needed = (om.CHECKPOINT_METADATA, om.COMMIT_MARKER)
+        found = {one for one in marked if _STEP.fullmatch(one) and all(f"{one}/{name}" in names for name in needed)}
+    return dict(sorted((_number(name), name) for name in found))
+
+
+def exists(root: AbstractStore, folder: str) -> bool:
+    """Whether there is a step in this folder."""
+    committed = isinstance(root, LocalStore) or root.exists(f"{folder}/{om.COMMIT_MARKER}")
+    return committed and root.exists(f"{folder}/{om.CHECKPOINT_METADATA}")
+
+
+def unfinished(root: AbstractStore) -> dict[int, str]:
+    """Folders named by a number alone that are no step, ascending."""
+    there = set(find_steps(root).values())
+    return dict(sorted((int(name), name) for name in root.folders() if name.isdecimal() and name not in there))
+
+
+def is_leftover(root: AbstractStore, folder: str) -> bool:
+    """Whether this is what a step of ours leaves that was never finished or half deleted, and nothing else."""
+    names = root.child(folder).names()
+    rest = [name for name in names if not name.startswith((f"{ITEM}/", METRICS, EXTRAS)) and name != om.COMMIT_MARKER]
+    if rest:
+        return False
+    tree = [name.removeprefix(f"{ITEM}/") for name in names if name.startswith(f"{ITEM}/")]
+    return not tree or is_unfinished(root.child(f"{folder}/{ITEM}"), tree)
 
 
 def read_record(root: AbstractStore, step: int, folder: str) -> StepRecord:
@@ -64,11 +89,13 @@ def seal(
 
 
 def remove(root: AbstractStore, folder: str) -> None:
-    """Delete a step, the marker first: a half-deleted step is none."""
+    """Delete a step, the markers first: a half-deleted step is none, and its tree is no checkpoint."""
     root.delete(f"{folder}/{om.CHECKPOINT_METADATA}")
+    root.delete(f"{folder}/{ITEM}/{om.COMMIT_MARKER}")
     root.delete_prefix(f"{folder}/")
 
 
-def _exists(root: AbstractStore, folder: str) -> bool:
-    committed = isinstance(root, LocalStore) or root.exists(f"{folder}/{om.COMMIT_MARKER}")
-    return committed and root.exists(f"{folder}/{om.CHECKPOINT_METADATA}")
+def _number(folder: str) -> int:
+    match = _STEP.fullmatch(folder)
+    assert match is not None
+    return int(match[1])

@@ -1,0 +1,116 @@
+"""What process 0 does to the folders of a run: makes room for a step, seals or undoes it, deletes old ones."""
+
+import threading
+import time
+from typing import final
+
+from jaxckpt.core.errors import AlreadyExistsError, CheckpointError, NotFoundError
+from jaxckpt.core.events import StepDeleted, emit
+from jaxckpt.manager.policies import KeepPolicy, StepRecord, to_delete
+from jaxckpt.manager.steps import exists, find_steps, read_record, remove, seal
+from jaxckpt.manager.sweep import Lease, Sweeper
+from jaxckpt.storage.store import AbstractStore
+
+
+@final
+class Keeper:
+    """The steps under a root. Methods that change anything are for process 0, in any of its threads."""
+
+    def __init__(self, root: AbstractStore, keep: KeepPolicy | None) -> None:
+        self.damaged: set[int] = set()  # steps that could not be restored: neither counted nor deleted
+        self._root, self._keep = root, keep
+        self._lease = Lease(root)
+        self._sweeper = Sweeper(root, self._lease.run)
+        self._lock = threading.Lock()
+        self._known: dict[int, StepRecord] = {}
+        self._trouble: dict[int, CheckpointError] = {}
+
+    def sweep(self) -> None:
+        """Remove what dead runs left."""
+        self._sweeper.start()
+
+    def folder(self, step: int) -> str:
+        """Where a step is; NotFoundError tells which there are."""
+        found = find_steps(self._root)
+        if step not in found:
+            there = ", ".join(map(str, found)) or "none"
+            raise NotFoundError(f"{self._root.url} has no step {step}. The steps that are there: {there}.")
+        return found[step]
+
+    def records(self) -> list[StepRecord]:
+        """The steps that exist, ascending."""
+        folders = find_steps(self._root)
+        for step in set(self._known) - set(folders):
+            self._known.pop(step, None)
+        for step, folder in folders.items():
+            if step not in self._known:
+                self._known[step] = read_record(self._root, step, folder)
+        return [self._known[step] for step in folders]
+
+    def make_room(self, step: int) -> None:
+        """Make a folder free for a step, and tell other runs who writes there.
+
+        Raises:
+            AlreadyExistsError: the step exists, another run is at work on it, or the folder holds other files.
+        """
+        if step in self.damaged:
+            self.delete(step)
+        if exists(self._root, str(step)) or step in find_steps(self._root):
+            raise AlreadyExistsError(
+                f"Step {step} of {self._root.url} exists already. Delete it first: delete({step})."
+            )
+        self._sweeper.make_room(step)
+        self._lease.hold([step])
+
+    def abandon(self, step: int) -> None:
+        """The save of a step was not begun."""
+        self._lease.release([step])
+
+    def publish(self, step: int, metrics: dict[str, float] | None, start_ns: int, *, extras: bool) -> None:
+        """Make a step exist whose tree is committed, and delete what need not be kept any more."""
+        seal(self._root, step, metrics, start_ns, extras=extras)
+        try:
+            with self._lock:
+                self._known.pop(step, None)
+                self._retain()
+            self._lease.release([step])
+        except CheckpointError as error:  # the step is whole: told apart from a save that failed
+            self._trouble[step] = error
+
+    def undo(self, step: int) -> None:
+        """Give back the space of a step whose save failed."""
+        remove(self._root, str(step))
+        self._lease.release([step])
+
+    def trouble(self, step: int) -> CheckpointError | None:
+        """What went wrong in the clearing up after a step that is whole."""
+        return self._trouble.pop(step, None)
+
+    def delete(self, step: int) -> None:
+        """Delete a step."""
+        folder = self.folder(step)
+        self._lease.hold([step])
+        self._remove(step, folder)
+        self._lease.release([step])
+
+    def close(self) -> None:
+        """Watch the leases of other runs no longer."""
+        self._sweeper.close()
+
+    def _retain(self) -> None:
+        if self._keep is None:
+            return
+        found = [one for one in self.records() if one.step not in self.damaged]
+        gone = to_delete(found, self._keep, time.time())
+        if gone:
+            folders = find_steps(self._root)
+            self._lease.hold(gone)
+            for step in gone:
+                self._remove(step, folders[step])
+            self._lease.release(gone)
+
+    def _remove(self, step: int, folder: str) -> None:
+        remove(self._root, folder)
+        self._known.pop(step, None)
+        self.damaged.discard(step)
+        emit(StepDeleted(path=self._root.url, step=step))
