@@ -5,7 +5,6 @@ python examples/elastic_restart.py /tmp/elastic      (a parent that starts real 
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import socket
@@ -23,31 +22,25 @@ def worker(folder: Path, port: str, size: int, rank: int) -> None:
 
     import jaxckpt as jc
     from jaxckpt.integrations.data import ElasticIterator
-    from jaxckpt.manager.preemption import listen
 
     jax.distributed.initialize(f"localhost:{port}", size, rank)
-    notice = listen()  # SIGTERM on any process is news for all
     mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     where = jax.NamedSharding(mesh, jax.P("data"))
     make = jax.jit(lambda: {"seen": jnp.zeros(BATCH), "step": jnp.zeros((), jnp.int32)}, out_shardings=where_of(mesh))
-    data, state, first = ElasticIterator(np.arange(SAMPLES), batch_size=BATCH, seed=1), make(), 1
-    saved = sorted(folder.glob("step-*"), key=lambda path: int(path.name[5:]))
-    if saved:
-        state = jc.restore(saved[-1], state)
-        data.set_states([json.loads(path.read_text()) for path in sorted(folder.glob("data-*.json"))])
-        first = int(state["step"]) + 1
+    data = ElasticIterator(np.arange(SAMPLES), batch_size=BATCH, seed=1)
     add = jax.jit(lambda s, x: {"seen": s["seen"] + x, "step": s["step"] + 1}, donate_argnums=0)
-    for step, batch in enumerate(data, start=first):
-        with (folder / f"seen-{size}-{rank}.txt").open("a") as log:
-            log.write("".join(f"{sample}\n" for sample in batch))
-        state = add(state, jax.make_array_from_process_local_data(where, np.asarray(batch, np.float32)))
-        if rank == 0:
-            print(f"step {step}", flush=True)
-        if notice.reached(step):
-            (folder / f"data-{rank}.json").write_text(json.dumps(data.get_state()))
-            jc.save(folder / f"step-{step}", state, step=step)
-            break
-    notice.close()
+    # SIGTERM on any process is news for all; each keeps the state of its data, and any number of them goes on from it.
+    with jc.CheckpointManager(folder / "steps", save=jc.on_preemption()) as manager:
+        before, state = manager.resume(like=make(), extras={"data": data})
+        for step, batch in enumerate(data, start=(before or 0) + 1):
+            with (folder / f"seen-{size}-{rank}.txt").open("a") as log:
+                log.write("".join(f"{sample}\n" for sample in batch))
+            state = add(state, jax.make_array_from_process_local_data(where, np.asarray(batch, np.float32)))
+            if rank == 0:
+                print(f"step {step}", flush=True)
+            manager.save(step, state, extras={"data": data})
+            if manager.preempted:
+                break
     jax.distributed.shutdown()
 
 
@@ -72,7 +65,7 @@ def job(folder: Path, size: int, *, preempt: bool) -> None:
             workers[-1].send_signal(signal.SIGTERM)
     if any(worker.wait(60) for worker in workers):
         raise SystemExit("a process failed")
-    print(f"  {size} processes left after {lines[-1]}, {sorted(path.name for path in folder.glob('step-*'))} is there")
+    print(f"  {size} processes left after {lines[-1]}, {sorted(p.name for p in (folder / 'steps').iterdir())} is there")
 
 
 def main(folder: Path) -> None:

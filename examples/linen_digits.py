@@ -29,15 +29,19 @@ def main(folder: Path) -> None:
     first = make_mesh(1, 2 if devices % 2 == 0 else 1)
     other = make_mesh(2 if devices % 2 == 0 else 1, 1)
 
-    state = jln.create(lambda: new_state(MODEL, 64), first)
-    state = train(state, first, images, labels, 0, 60)
-    jc.save(folder / "60", state, overwrite=True)
+    with jc.CheckpointManager(folder, save=jc.every(steps=30), keep=jc.best(1, "loss")) as manager:
+        _, state = jln.resume(manager, lambda: new_state(MODEL, 64), first)
+        state = train(manager, state, first, images, labels, 60)
     print(f"step 60 saved, {percent(state, first, images, labels)} right on digits it has not seen")
 
     # Another program begins here: it makes nothing, it restores where things belong.
-    state = jln.restore(folder / "60", lambda: new_state(MODEL, 64), other)
-    print(f"restored on {dict(other.shape)} instead of {dict(first.shape)}: {percent(state, other, images, labels)}")
-    state = train(state, other, images, labels, 60, 300)
+    with jc.CheckpointManager(folder, save=jc.every(steps=30), keep=jc.best(1, "loss")) as manager:
+        _, state = jln.resume(manager, lambda: new_state(MODEL, 64), other)
+        print(
+            f"restored on {dict(other.shape)}, not {dict(first.shape)}: {percent(state, other, images, labels)}"
+        )
+        state = train(manager, state, other, images, labels, 300)
+    print(f"steps {manager.all_steps()} are kept: the newest, and the best by loss")
     print(f"step {int(state.step)}: {percent(state, other, images, labels)} right\n")
     with jax.set_mesh(other):
         guess = int(state.apply_fn({"params": state.params}, images[-1:]).argmax())
@@ -46,11 +50,12 @@ def main(folder: Path) -> None:
     print(f"\nthis is a {guess}, it says; it is a {labels[-1]}")
 
 
-def train(state, mesh: Mesh, images, labels, begin: int, end: int):
+def train(manager: jc.CheckpointManager, state, mesh: Mesh, images, labels, last: int):
     with jax.set_mesh(mesh):
-        for step in range(begin, end):
+        for step in range(int(state.step) + 1, last + 1):
             chosen = np.random.default_rng(step).integers(0, 1500, 128)  # a batch is a function of its step
-            state, _ = train_step(state, images[chosen], labels[chosen])
+            state, loss = train_step(state, images[chosen], labels[chosen])
+            manager.save(step, state, metrics={"loss": float(loss)})
     return state
 
 

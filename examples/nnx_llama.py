@@ -41,33 +41,34 @@ def train_step(model: Llama, optimizer: nnx.Optimizer, tokens: jax.Array) -> jax
     return loss
 
 
-def train(training: Training, mesh: Mesh, begin: int, end: int) -> None:
-    loss = jnp.zeros(())
-    for step in range(begin, end):
-        batch = train_batch(seed=0, step=step, batch=8, length=64)
-        loss = train_step(*training, jax.device_put(batch, batch_sharding(mesh)))
-    print(f"  steps {begin}-{end - 1} on {dict(mesh.shape)}: loss {float(loss):.3f}")
+def run(folder: Path, mesh: Mesh, last: int) -> Training:
+    """A program: goes on from the newest step, on whatever mesh, and trains to step ``last``."""
+    with jc.CheckpointManager(folder, save=jc.every(steps=8), keep=jc.latest(2)) as manager:
+        found, training = jnx.resume(manager, make, where(mesh))  # or a new model; either way straight where it belongs
+        begin = 1 if found is None else found + 1
+        loss = jnp.zeros(())
+        for step in range(begin, last + 1):
+            batch = train_batch(seed=0, step=step, batch=8, length=64)
+            loss = train_step(*training, jax.device_put(batch, batch_sharding(mesh)))
+            manager.save(step, nnx.state(training), metrics={"loss": float(loss)})
+    print(f"  steps {begin}-{last} on {dict(mesh.shape)}: loss {float(loss):.3f}; there is {manager.all_steps()}")
+    return training
+
+
+def where(mesh: Mesh):  # heads and hidden units over "model", the rest of each weight over "data"
+    return lambda state: shardings_of(state, mesh, fsdp=True)
 
 
 def main(folder: Path) -> None:
     n = jax.device_count()
     model_axis = 2 if n % 2 == 0 else 1
     mesh, turned = make_mesh(n // model_axis, model_axis), make_mesh(model_axis, n // model_axis)
-
-    def on(mesh: Mesh):  # heads and hidden units over "model", the rest of each weight over "data"
-        return lambda state: shardings_of(state, mesh, fsdp=True)
-
-    training = jnx.create(make, on(mesh))
+    training = run(folder, mesh, 12)
     print(f"a LLaMA of {sum(x.size for x in jax.tree.leaves(nnx.state(training[0]))):,} parameters")
-    train(training, mesh, 0, 8)
-    with jc.save_async(folder / "8", nnx.state(training), step=8, overwrite=True) as pending:
-        train(training, mesh, 8, 12)  # while step 8 is being written
-    print(f"  step 8 is {pending.state}; now the power fails, and another slice takes over")
-
-    training = jnx.restore(folder / "8", make, on(turned))
+    print("  the power fails at step 12, and another slice takes over from step 8")
+    training = run(folder, turned, 12)
     kernel = training[0].layers[0].mlp.gate
-    print(f"  restored on {dict(turned.shape)}: a weight {kernel.shape} lies in pieces of {shard_shape(kernel)}")
-    train(training, turned, 8, 12)
+    print(f"  a weight {kernel.shape} lies in pieces of {shard_shape(kernel)}")
 
 
 def shard_shape(variable: nnx.Variable) -> tuple[int, ...]:

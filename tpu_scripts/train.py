@@ -11,13 +11,14 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import sys
 from typing import Any
 
 import jax
 
 import jaxckpt as jc
 from jaxckpt.checkpoint.fingerprint import fingerprint
-from jaxckpt.manager.preemption import listen
+from jaxckpt.core.events import Committed, Event, subscribe
 from models import text
 from models.llama import PRESETS, LlamaConfig
 from models.sharding import batch_sharding, make_mesh
@@ -45,45 +46,37 @@ def main() -> None:
     config = PRESETS[args.preset]
     data, model = map(int, args.mesh.split("x")) if args.mesh else (jax.device_count(), 1)
     mesh = make_mesh(data, model)
-    state = resume(args.root, args.steps, config, mesh)
     update = train_step(config, mesh, fsdp=True)
-    notice = listen()
-    pending: tuple[int, jc.PendingSave] | None = None
-    for step in range(int(state.step) + 1, args.steps + 1):
-        tokens = text.train_batch(seed=0, step=step, batch=args.batch * data, length=args.length)
-        batch = jax.make_array_from_callback(tokens.shape, batch_sharding(mesh), lambda part, t=tokens: t[part])
-        state, loss = update(state, batch)
-        tell("step", step=step, loss=float(loss))
-        preempted = notice.reached(step)
-        if preempted or step % args.save_every == 0 or step == args.steps:
-            durable(pending)
-            tell("saving", step=step, digest=digest(state))
-            pending = (step, jc.save_async(f"{args.root}/{step}", state, step=step))
-        if preempted:
-            break
-    durable(pending)
-    notice.close()
+    due = jc.every(steps=args.save_every) | jc.at({args.steps}) | jc.on_preemption()
+    subscribe(tell_durable)
+    with jc.CheckpointManager(args.root, save=due) as manager:
+        state = resume(manager, config, mesh)
+        for step in range(int(state.step) + 1, args.steps + 1):
+            tokens = text.train_batch(seed=0, step=step, batch=args.batch * data, length=args.length)
+            batch = jax.make_array_from_callback(tokens.shape, batch_sharding(mesh), lambda part, t=tokens: t[part])
+            state, loss = update(state, batch)
+            tell("step", step=step, loss=float(loss))
+            if manager.should_save(step):
+                tell("saving", step=step, digest=digest(state))
+            manager.save(step, state)
+            if manager.preempted:
+                break
     tell("done", step=int(state.step))
 
 
-def resume(root: str, steps: int, config: LlamaConfig, mesh: jax.sharding.Mesh) -> TrainState:
-    """The newest checkpoint on this mesh, or a fresh state. All processes see one folder, and so the same."""
-    like = abstract_state(config, mesh, fsdp=True)
-    for step in range(steps, 0, -1):
-        try:
-            state = jc.restore(f"{root}/{step}", like)
-        except (jc.NotFoundError, jc.NotCommittedError):
-            continue
-        tell("restored", step=step, digest=digest(state))
-        return state
-    return init_state(config, mesh, fsdp=True)
+def resume(manager: jc.CheckpointManager, config: LlamaConfig, mesh: jax.sharding.Mesh) -> TrainState:
+    """The newest checkpoint on this mesh, or a fresh state."""
+    step, state = manager.resume(like=abstract_state(config, mesh, fsdp=True))
+    if step is None:
+        return init_state(config, mesh, fsdp=True)
+    tell("restored", step=step, digest=digest(state))
+    return state
 
 
-def durable(pending: tuple[int, jc.PendingSave] | None) -> None:
-    """Wait for a save; raises what went wrong in it."""
-    if pending is not None:
-        pending[1].result(timeout_s=600)
-        tell("durable", step=pending[0])
+def tell_durable(event: Event) -> None:
+    """On process 0, from the thread that has committed a step."""
+    if isinstance(event, Committed):
+        tell("durable", step=event.step)
 
 
 def digest(state: TrainState) -> str:
@@ -95,7 +88,8 @@ def tell(event: str, **facts: Any) -> None:
     """One line of JSON from process 0."""
     if jax.process_index() == 0:
         line = {"event": event, "processes": jax.process_count(), "devices": jax.device_count(), **facts}
-        print(json.dumps(line), flush=True)
+        sys.stdout.write(json.dumps(line) + "\n")  # at once, as threads tell as well
+        sys.stdout.flush()
 
 
 if __name__ == "__main__":
