@@ -37,9 +37,7 @@ def main(folder: Path) -> None:
     # Another program begins here: it makes nothing, it restores where things belong.
     with jc.CheckpointManager(folder, save=jc.every(steps=30), keep=jc.best(1, "loss")) as manager:
         _, state = jln.resume(manager, lambda: new_state(MODEL, 64), other)
-        print(
-            f"restored on {dict(other.shape)}, not {dict(first.shape)}: {percent(state, other, images, labels)}"
-        )
+        print(f"restored on {dict(other.shape)}, not {dict(first.shape)}: {percent(state, other, images, labels)}")
         state = train(manager, state, other, images, labels, 300)
     print(f"steps {manager.all_steps()} are kept: the newest, and the best by loss")
     print(f"step {int(state.step)}: {percent(state, other, images, labels)} right\n")
