@@ -93,6 +93,11 @@ class Session:
             return self._payloads[stage]
         return self._await(stage, [rank], timeout_s)[rank]
 
+    def check(self) -> None:
+        """CoordinationError if another process has failed."""
+        if not self._alone:
+            self._raise_failure()
+
     def claim(self) -> bool:
         """Pass the point of no return: False if another process has abandoned the operation before."""
         return self._alone or self._coordinator.count(f"{self._root}/claimed") == 1

@@ -39,6 +39,7 @@ class Agreement:
             return decide()
         session, stage = self._next()
         if self.leads:
+            session.check()
             try:
                 answer = decide()
             except Exception as error:

@@ -2,7 +2,7 @@
 
 In a job of several processes all call the same methods in the same order. Process 0 decides and tells the others: what
 is due by its clock, how saves ended, what is deleted, where to resume. ``all_steps``, ``latest_step`` and ``best_step``
-only look, and may be called by any process alone.
+only look, and may be called by any process alone: they tell what process 0 saw when all were last told.
 """
 
 import time
@@ -81,7 +81,8 @@ class CheckpointManager:
         self._closed = False
         if self._agreement.leads:
             self._keeper.sweep()
-        newest = self._agreement.told("the newest step", self.latest_step)
+        self._told: list[int] = self._agreement.told("the steps that exist", self._exist)
+        newest = max(self._told, default=None)
         self._history: list[tuple[int | None, float]] = [(newest, time.monotonic())]  # of saves that did not fail
         self._triggers = Triggers(getattr(self._save, "triggers", ()))
         self._measure = Measure()
@@ -174,7 +175,7 @@ class CheckpointManager:
             if not pending.wait(left):
                 late.append(step)
         late = self._agreement.told("which saves go on", lambda: late)
-        self._settle()
+        self._settle(look=True)
         if late:
             raise TimeoutError(f"Step {late[0]} of {self._root.url} is not durable after {timeout_s} s; it goes on.")
 
@@ -201,7 +202,8 @@ class CheckpointManager:
         Raises:
             CorruptionError: the newest step (with ``fallback`` every step) is damaged; names leaf and file.
         """
-        steps = self._agreement.told("the steps to resume from", lambda: self.all_steps()[::-1])
+        self._told = self._agreement.told("the steps to resume from", self._exist)
+        steps = self._told[::-1]
         for step, before in zip(steps, [*steps, None][1:], strict=True):
             try:
                 return step, self._restore_together(step, like, extras)
@@ -237,7 +239,7 @@ class CheckpointManager:
 
     def all_steps(self) -> list[int]:
         """Steps that exist, ascending."""
-        return [step for step in find_steps(self._root) if self._states.get(step) != "failed"]
+        return self._exist() if self._agreement.alone else list(self._told)
 
     def latest_step(self) -> int | None:
         """The newest step that exists."""
@@ -245,12 +247,18 @@ class CheckpointManager:
 
     def best_step(self, metric: str, mode: Literal["min", "max"] = "min") -> int | None:
         """The step best in a metric, of equals the newer; None where no step has it."""
-        found = [one for one in self._keeper.records() if self._states.get(one.step) != "failed"]
+        steps = set(self.all_steps())
+        found = [one for one in self._keeper.records() if one.step in steps]
         return next(iter(ranked(found, metric, mode)), None)
 
     def delete(self, step: int) -> None:
         """Delete a step, its marker first. NotFoundError where there is none."""
-        self._agreement.told(f"delete step {step}", partial(self._keeper.delete, step))
+
+        def decide() -> list[int]:
+            self._keeper.delete(step)
+            return self._exist()
+
+        self._told = self._agreement.told(f"delete step {step}", decide)
         self._states.pop(step, None)
 
     def __enter__(self) -> "CheckpointManager":
@@ -295,11 +303,17 @@ class CheckpointManager:
         if self._agreement.leads:
             self._keeper.abandon(step)
 
-    def _settle(self) -> None:
+    def _exist(self) -> list[int]:
+        return [step for step in find_steps(self._root) if self._states.get(step) != "failed"]
+
+    def _settle(self, *, look: bool = False) -> None:
         """Take in the saves that have ended on process 0; raise for those that failed, and what clearing up met."""
         own = {step: pending.error() for step, pending in self._running.items() if pending.done()}
         failed, troubles = [], []
-        for step, error, trouble in self._agreement.told("how saves ended", self._ended):
+        ended, exist = self._agreement.told("how saves ended", partial(self._ended, look))
+        if exist is not None:
+            self._told = exist
+        for step, error, trouble in ended:
             pending = self._running.pop(step, None)
             if pending is not None:
                 pending.wait(self._timeout_s)  # on other processes it may take a moment more
@@ -318,14 +332,20 @@ class CheckpointManager:
         if troubles:
             raise CheckpointError(f"In {self._root.url}, process 0: {'; '.join(troubles)}")
 
-    def _ended(self) -> list[tuple[int, str | None, str | None]]:
-        """On process 0: step, what went wrong, and what went wrong in the clearing up, of each save that has ended."""
+    def _ended(self, look: bool) -> tuple[list[tuple[int, str | None, str | None]], list[int] | None]:
+        """On process 0: step, what went wrong, and what went wrong in the clearing up, of each save that has ended.
+
+        And the steps that exist, where others are to be told and these may have changed.
+        """
         found = []
         for step, pending in self._running.items():
             if pending.done():
                 error, trouble = pending.error(), self._keeper.trouble(step)
                 found.append((step, error and _text(step, error), trouble and str(trouble)))
-        return found
+        if self._agreement.alone or not (found or look):
+            return found, None
+        failed = {step for step, error, _ in found if error is not None}
+        return found, [step for step in self._exist() if step not in failed]
 
     def _restore_together(self, step: int, like: Any, extras: Mapping[str, Any] | None) -> Any:
         """A step and its extras on all processes, or an error on all of them."""

@@ -63,4 +63,4 @@ def test_who_leaves_the_block_with_an_error_is_not_waited_for(tmp_path: Path) ->
     first, second = run("one_leaves", root=str(tmp_path))
     assert second == "KeyError: 'batch'"
     assert "KeyError" in first
-    assert "Process 1 of 2" in first
+    assert "Process 1 of 2" in first, first
