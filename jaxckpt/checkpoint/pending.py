@@ -1,10 +1,13 @@
 """A save in the background: ask for its state, wait for it, or learn what went wrong."""
 
+import os
+import sys
 import threading
 import weakref
 from collections.abc import Callable
 from typing import final
 
+NICENESS = 5
 _running: "weakref.WeakSet[PendingSave]" = weakref.WeakSet()
 
 
@@ -35,6 +38,7 @@ class PendingSave:
         # A new thread that went to work at once would keep the interpreter's lock for its first milliseconds, and the
         # caller, who waits for it to start, blocked for as long.
         self._go.wait()
+        _give_way()
         try:
             work()
         except BaseException as error:  # noqa: BLE001 kept, and raised by result()
@@ -84,3 +88,10 @@ class PendingSave:
 
     def __exit__(self, *_: object) -> None:
         self.result()
+
+
+def _give_way() -> None:
+    """Let training have the cores first: this thread, and those it starts, take what is left. Linux alone can."""
+    if sys.platform == "linux":
+        own = threading.get_native_id()
+        os.setpriority(os.PRIO_PROCESS, own, max(os.getpriority(os.PRIO_PROCESS, own), NICENESS))
