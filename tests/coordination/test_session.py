@@ -236,3 +236,41 @@ def test_names_with_any_characters_do_not_meet_each_other():
     for name in names:
         Session(group[0], name).arrive("a/b", name.encode())
     assert [Session(group[1], name).wait("a/b", timeout_s=1) for name in names] == [n.encode() for n in names]
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data(), n=st.integers(2, 6))
+def test_a_claim_and_those_who_abandon_never_both_succeed(data: st.DataObject, n: int):
+    """Process 0 claims; the others abandon, at once or after a pause, all in a race of threads."""
+    gates = data.draw(st.lists(st.integers(0, 2), min_size=n, max_size=n))
+    group, barrier = ThreadGroup(n), threading.Barrier(n)
+
+    def play(coordinator: AbstractCoordinator) -> bool:
+        session = Session(coordinator, "save")
+        barrier.wait(10)
+        for _ in range(gates[coordinator.rank]):
+            session.enter("waiting")  # a turn on the board, while others go on
+        return session.claim() if coordinator.rank == 0 else session.abandon()
+
+    claimed, *abandoned = group.run(play)
+    assert not (claimed and any(abandoned))
+    # When all is over it is known who came first, so one who asks again is sure.
+    assert Session(group[1], "save").abandon() == (not claimed)
+
+
+@given(st.permutations(range(4)), st.integers(0, 3))
+def test_whoever_comes_first_decides_between_claim_and_abandon(order: list[int], claimer: int):
+    group = ThreadGroup(4)
+    sessions = [Session(coordinator, "save") for coordinator in group.coordinators]
+    found = {rank: sessions[rank].claim() if rank == claimer else sessions[rank].abandon() for rank in order}
+    first = order[0] == claimer
+    assert found == {rank: first if rank == claimer else not first for rank in order}
+
+
+def test_one_who_abandons_is_unsure_while_the_first_has_yet_to_say_so():
+    """Between the count and the word of the first to abandon, a second cannot tell it from a claim: it must not
+    delete anything."""
+    group = ThreadGroup(3)
+    assert group[1].count("jaxckpt/session/save/claimed") == 1  # rank 1 is in the middle of abandon()
+    assert not Session(group[2], "save").abandon()
+    assert not Session(group[0], "save").claim()
