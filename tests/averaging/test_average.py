@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -291,7 +292,6 @@ def test_eval_params_maps_states_to_the_point_to_average(tmp_path: Path, where: 
 
 
 def test_checkpoints_of_orbax_are_averaged(tmp_path: Path) -> None:
-    ocp = pytest.importorskip("orbax.checkpoint")
     rng = np.random.default_rng(0)
     stack = rng.standard_normal((3, 600, 40), np.float32)
     for k in range(3):

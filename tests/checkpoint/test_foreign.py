@@ -11,14 +11,17 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 import tensorstore as ts
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+import jaxckpt
 from jaxckpt.checkpoint.foreign import ForeignCheckpoint, open_foreign
 from jaxckpt.core.box import Box, whole
 from jaxckpt.core.errors import (
+    AlreadyExistsError,
     CorruptionError,
     InvalidArgumentError,
     NotCommittedError,
@@ -29,8 +32,8 @@ from jaxckpt.core.tree import build, flatten
 from jaxckpt.format import orbax_metadata as om
 from jaxckpt.format.zarr3 import array_metadata
 from jaxckpt.storage.url import open_store
+from jaxckpt.testing.stores import CrashAfter, SimulatedCrash
 
-ocp = pytest.importorskip("orbax.checkpoint")
 v1 = ocp.v1
 
 if TYPE_CHECKING:
@@ -348,3 +351,46 @@ def host(value: Any) -> np.ndarray:
 def bytes_read() -> int:
     metrics = ts.experimental_collect_matching_metrics("/tensorstore/kvstore/file/bytes_read")
     return sum(value["value"] for metric in metrics for value in metric["values"])
+
+
+def test_an_older_checkpoint_without_a_marker_is_replaced_only_when_asked(tmp_path: Path, tree: Any) -> None:
+    """Versions of Orbax before `commit_success.txt` left none on file systems that rename folders."""
+    save_v0(tmp_path / "c", tree)
+    (tmp_path / "c" / om.COMMIT_MARKER).unlink(missing_ok=True)
+    new = {"w": np.arange(6.0), "step": 7}
+    before = {file: file.read_bytes() for file in (tmp_path / "c").rglob("*") if file.is_file()}
+    with pytest.raises(AlreadyExistsError, match="overwrite=True"):
+        jaxckpt.save(tmp_path / "c", new)
+    assert {file: file.read_bytes() for file in (tmp_path / "c").rglob("*") if file.is_file()} == before
+    jaxckpt.save(tmp_path / "c", new, overwrite=True)
+    assert (tmp_path / "c" / om.COMMIT_MARKER).exists()
+    found = jaxckpt.restore(tmp_path / "c")
+    assert found["step"] == 7
+    assert found["w"].tobytes() == new["w"].tobytes()
+    assert jaxckpt.verify(tmp_path / "c").ok
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        assert np.asarray(checkpointer.restore(tmp_path / "c")["w"]).tobytes() == new["w"].tobytes()
+    assert not any("ocdbt.process_0/d" in str(file) and file.exists() for file in before)  # the old data are gone
+
+
+@pytest.mark.parametrize("layout", ["v0 ocdbt compression", "v0 plain zarr2"])
+def test_a_crash_while_replacing_one_without_a_marker_leaves_the_old_or_the_new(tmp_path: Path, layout: str) -> None:
+    old, new = {"w": jnp.arange(4.0)}, {"w": jnp.arange(5.0)}
+    seen = set()
+    for n in range(1, 60):
+        path = tmp_path / str(n)
+        WRITERS[layout](path, old)
+        (path / om.COMMIT_MARKER).unlink(missing_ok=True)
+        store = CrashAfter(open_store(path), n)
+        try:
+            jaxckpt.save(store, new, overwrite=True)
+            done = True
+        except SimulatedCrash:
+            done = False
+        found = np.asarray(jaxckpt.restore(path)["w"])
+        assert found.tolist() in ([0.0, 1, 2, 3], [0.0, 1, 2, 3, 4]), n
+        seen.add(len(found))
+        if done:
+            break
+    assert done
+    assert seen == {4, 5}

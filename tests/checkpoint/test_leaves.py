@@ -265,8 +265,6 @@ HOST_KINDS = ["pinned_host", "unpinned_host", "device"]
 @pytest.mark.parametrize("kind", HOST_KINDS)
 @pytest.mark.parametrize("size", [64, 1_000_000])
 def test_memory_kinds_are_kept(tmp_path: Path, mesh_4x2: Mesh, kind: str, size: int) -> None:
-    if kind not in {memory.kind for memory in jax.devices()[0].addressable_memories()}:
-        pytest.skip(f"no {kind} here")
     sharding = NamedSharding(mesh_4x2, P("model"), memory_kind=kind)
     one = SingleDeviceSharding(jax.devices()[2], memory_kind=kind)
     data = random_bits(np.float32, (size,))

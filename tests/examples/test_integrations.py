@@ -35,7 +35,6 @@ def test_a_llama_goes_on_on_another_mesh_with_the_same_losses(tmp_path: Path) ->
 
 
 def test_a_linen_classifier_learns_digits_over_a_restart(tmp_path: Path) -> None:
-    pytest.importorskip("sklearn")
     printed = run("linen_digits.py", str(tmp_path))
     first, restored, last = [float(line.split("%")[0].split()[-1]) for line in printed.splitlines() if "%" in line]
     assert restored == first

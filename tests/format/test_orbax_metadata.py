@@ -11,8 +11,11 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
+import orbax.checkpoint as ocp
 import pytest
 import tensorstore as ts
+from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
@@ -20,7 +23,6 @@ from jaxckpt.core.tree import flatten
 from jaxckpt.format import orbax_metadata as om
 from jaxckpt.format.zarr3 import array_metadata
 
-ocp = pytest.importorskip("orbax.checkpoint")
 v1 = ocp.v1
 
 if TYPE_CHECKING:
@@ -232,8 +234,6 @@ def test_metadata_calls_tell_shapes_dtypes_and_custom_metadata(tmp_path: Path, t
 
 
 def test_nnx_and_optax_states_are_restored_into_their_own_classes(tmp_path: Path) -> None:
-    nnx, optax = pytest.importorskip("flax.nnx"), pytest.importorskip("optax")
-
     class Model(nnx.Module):
         def __init__(self, rngs: Any) -> None:
             self.layers = nnx.List([nnx.Linear(2, 3, rngs=rngs), nnx.Linear(3, 4, rngs=rngs)])

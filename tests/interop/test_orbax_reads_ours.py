@@ -7,18 +7,14 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import NamedSharding
 
 import jaxckpt
 from jaxckpt.format import orbax_metadata as om
-
-ocp = pytest.importorskip("orbax.checkpoint")
-pytest.importorskip("flax")
-pytest.importorskip("optax")
-
-from tests.checkpoint.bits import assert_same_tree  # noqa: E402
-from tests.interop.trees import abstract, as_orbax_keeps, elsewhere, ours_only, training_state  # noqa: E402
+from tests.checkpoint.bits import assert_same_tree
+from tests.interop.trees import abstract, as_orbax_keeps, elsewhere, ours_only, training_state
 
 if TYPE_CHECKING:
     from collections.abc import Callable

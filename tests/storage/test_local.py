@@ -52,8 +52,6 @@ def _append(store: LocalStore) -> None:
         writer.abort()
 
 
-needs_proc = pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="counts descriptors in /proc")
-
 WRITES = [_write, _write_all, _create, _append]
 
 
@@ -346,7 +344,6 @@ def _open_descriptors(root: Path) -> int:
     return found
 
 
-@needs_proc
 def test_few_files_are_kept_open(tmp_path: Path) -> None:
     store = LocalStore(tmp_path)
     for i in range(2 * OPEN_FILES):
@@ -361,7 +358,6 @@ def test_few_files_are_kept_open(tmp_path: Path) -> None:
     assert _open_descriptors(tmp_path) == 0
 
 
-@needs_proc
 def test_only_data_files_are_kept_open_wherever_the_root_is(tmp_path: Path) -> None:
     store = LocalStore(tmp_path / "d" / "run")
     store.write("marker", b"old")
@@ -371,7 +367,6 @@ def test_only_data_files_are_kept_open_wherever_the_root_is(tmp_path: Path) -> N
     assert store.read("marker") == b"new"
 
 
-@needs_proc
 def test_a_deleted_folder_keeps_no_file_open(tmp_path: Path) -> None:
     store = LocalStore(tmp_path)
     store.write("5/d/a", b"x")
@@ -381,7 +376,6 @@ def test_a_deleted_folder_keeps_no_file_open(tmp_path: Path) -> None:
     assert _open_descriptors(tmp_path) == 0
 
 
-@needs_proc
 def test_writers_leave_no_descriptor(tmp_path: Path) -> None:
     store = LocalStore(tmp_path)
     closed, aborted = store.open_data("a"), store.open_data("b")
