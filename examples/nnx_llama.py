@@ -21,10 +21,9 @@ from models.sharding import batch_sharding, make_mesh, shardings_of
 from models.text import train_batch
 
 CONFIG = LlamaConfig(embed=64, mlp=128, layers=2, heads=4, kv_heads=2)
-Training = tuple[Llama, nnx.Optimizer]
 
 
-def make() -> Training:
+def make() -> tuple[Llama, nnx.Optimizer]:
     model = Llama(CONFIG, rngs=nnx.Rngs(params=0))
     return model, nnx.Optimizer(model, optax.adamw(3e-3), wrt=nnx.Param)
 
@@ -41,18 +40,18 @@ def train_step(model: Llama, optimizer: nnx.Optimizer, tokens: jax.Array) -> jax
     return loss
 
 
-def run(folder: Path, mesh: Mesh, last: int) -> Training:
+def run(folder: Path, mesh: Mesh, last: int) -> Llama:
     """A program: goes on from the newest step, on whatever mesh, and trains to step ``last``."""
     with jc.CheckpointManager(folder, save=jc.every(steps=8), keep=jc.latest(2)) as manager:
-        found, training = jnx.resume(manager, make, where(mesh))  # or a new model; either way straight where it belongs
+        found, (model, optimizer) = jnx.resume(manager, make, where(mesh))  # restored, or made, where it belongs
         begin = 1 if found is None else found + 1
         loss = jnp.zeros(())
         for step in range(begin, last + 1):
             batch = train_batch(seed=0, step=step, batch=8, length=64)
-            loss = train_step(*training, jax.device_put(batch, batch_sharding(mesh)))
-            manager.save(step, nnx.state(training), metrics={"loss": float(loss)})
+            loss = train_step(model, optimizer, jax.device_put(batch, batch_sharding(mesh)))
+            manager.save(step, nnx.state((model, optimizer)), metrics={"loss": float(loss)})
     print(f"  steps {begin}-{last} on {dict(mesh.shape)}: loss {float(loss):.3f}; there is {manager.all_steps()}")
-    return training
+    return model
 
 
 def where(mesh: Mesh):  # heads and hidden units over "model", the rest of each weight over "data"
@@ -63,11 +62,10 @@ def main(folder: Path) -> None:
     n = jax.device_count()
     model_axis = 2 if n % 2 == 0 else 1
     mesh, turned = make_mesh(n // model_axis, model_axis), make_mesh(model_axis, n // model_axis)
-    training = run(folder, mesh, 12)
-    print(f"a LLaMA of {sum(x.size for x in jax.tree.leaves(nnx.state(training[0]))):,} parameters")
+    model = run(folder, mesh, 12)
+    print(f"a LLaMA of {sum(x.size for x in jax.tree.leaves(nnx.state(model))):,} parameters")
     print("  the power fails at step 12, and another slice takes over from step 8")
-    training = run(folder, turned, 12)
-    kernel = training[0].layers[0].mlp.gate
+    kernel = run(folder, turned, 12).layers[0].mlp.gate
     print(f"  a weight {kernel.shape} lies in pieces of {shard_shape(kernel)}")
 
 

@@ -29,7 +29,7 @@ def main(url: str, options: jc.StorageOptions | None = None) -> None:
 
         last, again = manager.resume(like=tree)
         same = all(np.array_equal(a["w"], b["w"]) for a, b in zip(tree["layers"], again["layers"], strict=True))
-        print(f"the whole tree of step {last}, equal to the bit: {same}; notes {manager.restore_extras(last)['notes']}")
+        print(f"the whole tree of step {last}, equal to the bit: {same}; {manager.restore_extras(first + 2)}")
         print(f"steps that are kept: {manager.all_steps()}")
     one = jc.restore(f"{url}/{last}/default", jc.on_host, only="layers.5.w", options=options)
     print(f"one leaf, by ranges of its own bytes: {jax.tree.leaves(one)[0][0, :3]}")

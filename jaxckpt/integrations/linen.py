@@ -5,7 +5,7 @@ the boxes around parameters (``nn.Partitioned``, ``nn.LogicallyPartitioned``) ar
 checkpoint: they come from the state that is restored into, and stay as they are.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -24,7 +24,7 @@ Rules = Sequence[tuple[str, str | tuple[str, ...] | None]]
 class Resumes(Protocol):
     """The part of a ``CheckpointManager`` that is used here."""
 
-    def resume(self, *, like: Any) -> tuple[int | None, Any]:
+    def resume(self, like: Any = None, *, extras: Mapping[str, Any] | None = None) -> tuple[int | None, Any]:
         """The newest step and its tree; (None, ``like``) where there is none."""
         ...
 
@@ -115,15 +115,21 @@ def restore(
 
 
 def resume(
-    manager: Resumes, make: Callable[[], PyTree], mesh: Mesh | None = None, rules: Rules = ()
+    manager: Resumes,
+    make: Callable[[], PyTree],
+    mesh: Mesh | None = None,
+    rules: Rules = (),
+    *,
+    extras: Mapping[str, Any] | None = None,
 ) -> tuple[int | None, PyTree]:
     """The newest step of a ``CheckpointManager``, or (None, what ``make`` gives) where there is none.
 
-    Either way memory is taken for one state, on the devices where it belongs.
+    Either way memory is taken for one state, on the devices where it belongs. ``extras`` are those of the manager's own
+    ``resume``: objects to fill, as data iterators.
 
     Example::
 
         step, state = jaxckpt.integrations.linen.resume(manager, make, mesh)
     """
-    step, state = manager.resume(like=abstract(make, mesh, rules))
+    step, state = manager.resume(like=abstract(make, mesh, rules), extras=extras)
     return step, create(make, mesh, rules) if step is None else state

@@ -6,7 +6,7 @@ What is saved is ``nnx.state(node)``, a tree like any other, where ``node`` is a
 into, so a renamed axis or another mesh needs no change of files.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any, Protocol
 
@@ -25,7 +25,7 @@ Where = Mesh | Callable[[nnx.State], Any] | None
 class Resumes(Protocol):
     """The part of a ``CheckpointManager`` that is used here."""
 
-    def resume(self, *, like: Any) -> tuple[int | None, Any]:
+    def resume(self, like: Any = None, *, extras: Mapping[str, Any] | None = None) -> tuple[int | None, Any]:
         """The newest step and its tree; (None, ``like``) where there is none."""
         ...
 
@@ -121,17 +121,20 @@ def restore_into(
     nnx.update(node, tree_restore.restore(path, like, partial=partial, cast=cast, options=options))
 
 
-def resume(manager: Resumes, make: Callable[[], Node], where: Where = None) -> tuple[int | None, Node]:
+def resume(
+    manager: Resumes, make: Callable[[], Node], where: Where = None, *, extras: Mapping[str, Any] | None = None
+) -> tuple[int | None, Node]:
     """The newest step of a ``CheckpointManager`` as a node, or (None, a fresh node) where there is none.
 
-    Either way memory is taken for one node, on the devices where it belongs.
+    Either way memory is taken for one node, on the devices where it belongs. ``extras`` are those of the manager's own
+    ``resume``: objects to fill, as data iterators.
 
     Example::
 
         step, (model, optimizer) = jaxckpt.integrations.nnx.resume(manager, make, mesh)
     """
     graph, like = _abstract(make, where)
-    step, state = manager.resume(like=like)
+    step, state = manager.resume(like=like, extras=extras)
     return step, create(make, where) if step is None else nnx.merge(graph, state)
 
 

@@ -142,20 +142,15 @@ def test_another_model_is_refused_with_all_its_differences(tmp_path: Path) -> No
         jln.restore(tmp_path / "x", lambda: make(Wide()))
 
 
-class Steps:
-    """The part of a manager that ``resume`` uses."""
-
-    def __init__(self, path: Path | None) -> None:
-        self.path = path
-
-    def resume(self, *, like: Any) -> tuple[int | None, Any]:
-        return (None, like) if self.path is None else (3, jc.restore(self.path, like))
-
-
 def test_resuming_makes_a_fresh_state_or_restores_one(tmp_path: Path, mesh_4x2: Mesh) -> None:
-    step, fresh = jln.resume(Steps(None), make, mesh_4x2)
-    assert step is None
-    jc.save(tmp_path / "x", fresh)
-    step, again = jln.resume(Steps(tmp_path / "x"), lambda: make(seed=9), mesh_4x2)
+    noise = np.random.default_rng(3)
+    with jc.CheckpointManager(tmp_path) as manager:
+        step, fresh = jln.resume(manager, make, mesh_4x2, extras={"noise": noise})
+        assert step is None
+        manager.save(3, fresh, extras={"noise": noise})
+        expected, noise = noise.random(), np.random.default_rng(4)
+        manager.wait()
+        step, again = jln.resume(manager, lambda: make(seed=9), mesh_4x2, extras={"noise": noise})
     assert step == 3
     assert values(again) == values(fresh)
+    assert noise.random() == expected

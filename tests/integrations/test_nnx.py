@@ -206,21 +206,16 @@ def test_a_shared_variable_is_stored_once_and_shared_again(tmp_path: Path) -> No
     assert again.a is again.b
 
 
-class Steps:
-    """The part of a manager that ``resume`` uses."""
-
-    def __init__(self, path: Path | None) -> None:
-        self.path = path
-
-    def resume(self, *, like: Any) -> tuple[int | None, Any]:
-        return (None, like) if self.path is None else (3, jc.restore(self.path, like))
-
-
 def test_resuming_makes_a_fresh_node_or_restores_one(tmp_path: Path, mesh_4x2: Mesh) -> None:
-    step, fresh = jnx.resume(Steps(None), make, mesh_4x2)
-    assert step is None
-    assert fresh[0].first.kernel.sharding.spec == PartitionSpec("data", "model")
-    jc.save(tmp_path / "x", nnx.state(fresh))
-    step, again = jnx.resume(Steps(tmp_path / "x"), lambda: make(9), mesh_4x2)
+    noise = np.random.default_rng(3)
+    with jc.CheckpointManager(tmp_path) as manager:
+        step, fresh = jnx.resume(manager, make, mesh_4x2, extras={"noise": noise})
+        assert step is None
+        assert fresh[0].first.kernel.sharding.spec == PartitionSpec("data", "model")
+        manager.save(3, nnx.state(fresh), extras={"noise": noise})
+        expected, noise = noise.random(), np.random.default_rng(4)
+        manager.wait()
+        step, again = jnx.resume(manager, lambda: make(9), mesh_4x2, extras={"noise": noise})
     assert step == 3
     assert values(again) == values(fresh)
+    assert noise.random() == expected
