@@ -4,7 +4,7 @@ import threading
 import time
 from typing import final
 
-from jaxckpt.core.errors import AlreadyExistsError, CheckpointError, NotFoundError
+from jaxckpt.core.errors import AlreadyExistsError, NotFoundError
 from jaxckpt.core.events import StepDeleted, emit
 from jaxckpt.manager.policies import KeepPolicy, StepRecord, to_delete
 from jaxckpt.manager.steps import exists, find_steps, read_record, remove, seal
@@ -21,9 +21,10 @@ class Keeper:
         self._root, self._keep = root, keep
         self._lease = Lease(root)
         self._sweeper = Sweeper(root, self._lease.run)
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._known: dict[int, StepRecord] = {}
-        self._trouble: dict[int, CheckpointError] = {}
+        self._named_otherwise: set[int] | None = None  # steps of Orbax in folders such as step_000005
+        self._trouble: dict[int, Exception] = {}
 
     def sweep(self) -> None:
         """Remove what dead runs left."""
@@ -39,13 +40,14 @@ class Keeper:
 
     def records(self) -> list[StepRecord]:
         """The steps that exist, ascending."""
-        folders = find_steps(self._root)
-        for step in set(self._known) - set(folders):
-            self._known.pop(step, None)
-        for step, folder in folders.items():
-            if step not in self._known:
-                self._known[step] = read_record(self._root, step, folder)
-        return [self._known[step] for step in folders]
+        with self._lock:
+            folders = find_steps(self._root)
+            for step in set(self._known) - set(folders):
+                del self._known[step]
+            for step, folder in folders.items():
+                if step not in self._known:
+                    self._known[step] = read_record(self._root, step, folder)
+            return [self._known[step] for step in folders]
 
     def make_room(self, step: int) -> None:
         """Make a folder free for a step, and tell other runs who writes there.
@@ -55,7 +57,9 @@ class Keeper:
         """
         if step in self.damaged:
             self.delete(step)
-        if exists(self._root, str(step)) or step in find_steps(self._root):
+        if self._named_otherwise is None:  # once: in an object store this lists all that the run has
+            self._named_otherwise = {one for one, name in find_steps(self._root).items() if name != str(one)}
+        if step in self._named_otherwise or exists(self._root, str(step)):
             raise AlreadyExistsError(
                 f"Step {step} of {self._root.url} exists already. Delete it first: delete({step})."
             )
@@ -70,28 +74,31 @@ class Keeper:
         """Make a step exist whose tree is committed, and delete what need not be kept any more."""
         seal(self._root, step, metrics, start_ns, extras=extras)
         try:
-            with self._lock:
-                self._known.pop(step, None)
-                self._retain()
-            self._lease.release([step])
-        except CheckpointError as error:  # the step is whole: told apart from a save that failed
+            try:
+                with self._lock:
+                    self._known.pop(step, None)
+                    self._retain()
+            finally:
+                self._lease.release([step])
+        except Exception as error:  # of a policy too: the step is whole, and is told apart from a save that failed
             self._trouble[step] = error
 
     def undo(self, step: int) -> None:
         """Give back the space of a step whose save failed."""
-        remove(self._root, str(step))
-        self._lease.release([step])
+        try:
+            remove(self._root, str(step))
+        finally:
+            self._lease.release([step])
 
-    def trouble(self, step: int) -> CheckpointError | None:
+    def trouble(self, step: int) -> Exception | None:
         """What went wrong in the clearing up after a step that is whole."""
         return self._trouble.pop(step, None)
 
     def delete(self, step: int) -> None:
         """Delete a step."""
         folder = self.folder(step)
-        self._lease.hold([step])
-        self._remove(step, folder)
-        self._lease.release([step])
+        with self._lease.held([step]):
+            self._remove(step, folder)
 
     def close(self) -> None:
         """Watch the leases of other runs no longer."""
@@ -104,13 +111,14 @@ class Keeper:
         gone = to_delete(found, self._keep, time.time())
         if gone:
             folders = find_steps(self._root)
-            self._lease.hold(gone)
-            for step in gone:
-                self._remove(step, folders[step])
-            self._lease.release(gone)
+            with self._lease.held(gone):
+                for step in gone:
+                    self._remove(step, folders[step])
 
     def _remove(self, step: int, folder: str) -> None:
         remove(self._root, folder)
         self._known.pop(step, None)
         self.damaged.discard(step)
+        if self._named_otherwise is not None:
+            self._named_otherwise.discard(step)
         emit(StepDeleted(path=self._root.url, step=step))

@@ -341,7 +341,7 @@ class CheckpointManager:
         for step, pending in self._running.items():
             if pending.done():
                 error, trouble = pending.error(), self._keeper.trouble(step)
-                found.append((step, error and _text(step, error), trouble and str(trouble)))
+                found.append((step, error and _text(step, error), trouble and f"{type(trouble).__name__}: {trouble}"))
         if self._agreement.alone or not (found or look):
             return found, None
         failed = {step for step, error, _ in found if error is not None}

@@ -10,8 +10,8 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -84,6 +84,16 @@ class Lease:
                 self._stop = None
             _held_here.discard(self.run)
             self._root.delete(f"{FOLDER}/{self.run}.json")
+
+    @contextmanager
+    def held(self, steps: Iterable[int]) -> Iterator[None]:
+        """``hold`` and ``release`` around a block."""
+        named = list(steps)
+        self.hold(named)
+        try:
+            yield
+        finally:
+            self.release(named)
 
     def _keep(self, stop: threading.Event) -> None:
         while not stop.wait(self._every_s):

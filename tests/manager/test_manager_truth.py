@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import resource
+import threading
+import time
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,10 +14,11 @@ import pytest
 
 import jaxckpt as jc
 from jaxckpt.core.events import StepDeleted, subscribe
+from jaxckpt.manager.policies import Policy, StepRecord
 from jaxckpt.testing.servers import seaweed_s3
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
 BIG = {"w": np.ones(1 << 20, np.float32)}
@@ -146,3 +150,35 @@ def test_a_run_lives_on_an_object_store(place: tuple[str, jc.StorageOptions | No
     assert step == 4
     np.testing.assert_array_equal(found["w"], tree(4)["w"])
     again.close()
+
+
+@dataclass(frozen=True)
+class Broken(Policy):
+    """A policy of the user's with a mistake in it."""
+
+    def kept(self, steps: Sequence[StepRecord], now_s: float) -> set[int]:
+        raise KeyError("accuracy")
+
+
+def test_a_keep_policy_that_raises_loses_no_step(tmp_path: Path) -> None:
+    manager = jc.CheckpointManager(tmp_path, keep=Broken())
+    manager.save(1, tree(1))
+    with pytest.raises(jc.CheckpointError, match="step 1 is saved.*KeyError"):
+        manager.wait()
+    assert manager.all_steps() == [1]
+    assert not list((tmp_path / "_runs").iterdir())
+
+
+def test_threads_and_leases_do_not_pile_up(tmp_path: Path) -> None:
+    with jc.CheckpointManager(tmp_path, keep=jc.latest(1)) as manager:
+        manager.save(0, tree(0))
+        manager.wait()
+        before = threading.active_count()
+        for step in range(1, 30):
+            manager.save(step, tree(step))
+        manager.wait()
+        limit = time.monotonic() + 10
+        while threading.active_count() > before and time.monotonic() < limit:
+            threading.Event().wait(0.01)
+        assert threading.active_count() <= before
+    assert manager.all_steps() == [29]

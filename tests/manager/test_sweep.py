@@ -114,7 +114,7 @@ def test_a_lease_lasts_as_long_as_a_step_is_held(tmp_path: Path) -> None:
     lease = Lease(open_store(tmp_path), every_s=0.01)
     lease.hold([1])
     lease.hold([2])
-    (path,) = (tmp_path / FOLDER).iterdir()
+    (path,) = (tmp_path / FOLDER).glob("*.json")
     first: Any = json.loads(path.read_text())["beat"]
     moved = threading.Event()
     while json.loads(path.read_text())["beat"] == first:
