@@ -17,6 +17,7 @@ from jaxckpt.core.tree import NONE, Node
 
 FILE_NAME = "jaxckpt.json"
 FORMAT_VERSION = 1
+_COLUMNS = {"file": "<u4", "offset": "<u8", "length": "<u8", "crc32c": "<u4"}
 NO_MANIFEST = -2  # in ``supersedes``: the checkpoint before had none
 
 
@@ -112,15 +113,22 @@ def encode_sidecar(sidecar: Sidecar) -> bytes:
             "manifest_crc32c": sidecar.manifest_crc32c,
             "supersedes": list(sidecar.supersedes),
             "tree": encode_node(sidecar.structure),
-            "leaves": [_encode_leaf(e) for e in sidecar.leaves],
+            "leaves": [
+                {
+                    "name": entry.name,
+                    "kind": entry.kind,
+                    **{n: value for n, default in _DEFAULTS.items() if (value := getattr(entry, n)) != default},
+                }
+                for entry in sidecar.leaves
+            ],
             "shardings": list(sidecar.shardings),
             "files": list(sidecar.files),
             "chunks": {
                 "count": len(table.file),
-                "file": _pack(table.file, "<u4"),
-                "offset": _pack(table.offset, "<u8"),
-                "length": _pack(table.length, "<u8"),
-                "crc32c": _pack(table.crc32c, "<u4"),
+                **{
+                    name: base64.b64encode(np.ascontiguousarray(getattr(table, name), dtype).tobytes()).decode("ascii")
+                    for name, dtype in _COLUMNS.items()
+                },
             },
         },
         separators=(",", ":"),
@@ -150,10 +158,7 @@ def decode_sidecar(data: bytes, *, where: str) -> Sidecar:
         shardings=tuple(record["shardings"]),
         files=tuple(record["files"]),
         table=ChunkTable(
-            file=_unpack(chunks["file"], "<u4"),
-            offset=_unpack(chunks["offset"], "<u8"),
-            length=_unpack(chunks["length"], "<u8"),
-            crc32c=_unpack(chunks["crc32c"], "<u4"),
+            **{name: _unpack(chunks[name], dtype) for name, dtype in _COLUMNS.items()},
         ),
         manifest_crc32c=record["manifest_crc32c"],
         supersedes=tuple(record["supersedes"]),
@@ -213,15 +218,6 @@ _DEFAULTS = {
 }
 
 
-def _encode_leaf(entry: LeafEntry) -> dict[str, Any]:
-    record: dict[str, Any] = {"name": entry.name, "kind": entry.kind}
-    for name, default in _DEFAULTS.items():
-        value = getattr(entry, name)
-        if value != default:
-            record[name] = value
-    return record
-
-
 def _decode_leaf(record: dict[str, Any]) -> LeafEntry:
     fields = dict(record)
     for name in ("shape", "chunk"):
@@ -261,10 +257,6 @@ def _decode_key(record: Any) -> Hashable:
     if kind == "tuple":
         return tuple(_decode_key(k) for k in value)
     return value
-
-
-def _pack(column: np.ndarray, dtype: str) -> str:
-    return base64.b64encode(np.ascontiguousarray(column, dtype).tobytes()).decode("ascii")
 
 
 def _unpack(text: str, dtype: str) -> np.ndarray:

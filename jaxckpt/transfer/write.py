@@ -178,20 +178,16 @@ class _Worker:
             for which, taken, placed in parts:
                 target[placed] = sources[which][taken]
             if encode is None:
-                self._buffered(leaf, index, start, size)
+                crc, stop = crc32c(raw), start + size
+                end = -(-(stop + 4) // ALIGNMENT) * ALIGNMENT
+                self._buffer[stop:end] = 0
+                self._buffer[stop : stop + 4] = np.frombuffer(crc.to_bytes(4, "little"), np.uint8)
+                self._current()
+                self.rows.append((leaf, index, len(self.files) - 1, self._end, size + 4, crc))
+                self._fill = end
+                self._end += end - start
             else:
                 self._direct(leaf, index, np.frombuffer(encode(raw), np.uint8))
-
-    def _buffered(self, leaf: int, index: int, start: int, size: int) -> None:
-        stop = start + size
-        crc = crc32c(self._buffer[start:stop])
-        end = -(-(stop + 4) // ALIGNMENT) * ALIGNMENT
-        self._buffer[stop:end] = 0
-        self._buffer[stop : stop + 4] = np.frombuffer(crc.to_bytes(4, "little"), np.uint8)
-        self._current()
-        self.rows.append((leaf, index, len(self.files) - 1, self._end, size + 4, crc))
-        self._fill = end
-        self._end += end - start
 
     def _direct(self, leaf: int, index: int, data: np.ndarray) -> None:
         self._flush()
