@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -9,6 +11,9 @@ from hypothesis import strategies as st
 import jaxckpt as jc
 from jaxckpt.core.errors import InvalidArgumentError
 from jaxckpt.manager.policies import Policy, SaveContext, StepRecord, to_delete
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 RECORDS = [StepRecord(step=s, time_s=10.0 * s, metrics={"loss": v}) for s, v in ((1, 3.0), (2, 1.0), (3, float("nan")))]
 RECORDS += [StepRecord(step=4, time_s=40.0, metrics={"loss": 1.0}), StepRecord(step=6, time_s=60.0)]
@@ -62,7 +67,7 @@ def test_what_is_kept(policy: Policy, kept: set[int]) -> None:
 
 
 @pytest.mark.parametrize(("policy", "context", "wanted"), SAVE, ids=repr)
-def test_what_is_saved(policy: Policy, context: dict[str, float], wanted: bool) -> None:
+def test_what_is_saved(policy: Policy, context: dict[str, Any], wanted: bool) -> None:
     assert policy.should_save(SaveContext(**context)) == wanted
 
 
@@ -111,6 +116,6 @@ def test_policies_are_values() -> None:
         lambda: jc.every(seconds=1).kept([], 0.0),
     ],
 )
-def test_what_makes_no_sense_is_refused(make) -> None:
+def test_what_makes_no_sense_is_refused(make: Callable[[], object]) -> None:
     with pytest.raises(InvalidArgumentError):
         make()
