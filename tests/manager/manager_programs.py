@@ -11,7 +11,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxckpt as jc
-from jaxckpt.core.events import Flushed, subscribe
+from jaxckpt.core.events import Event, Flushed, subscribe
 
 
 def tree(step: int, size: int = 64) -> dict:
@@ -71,7 +71,12 @@ def die_in_a_save(root: str, step: int) -> None:
     manager = jc.CheckpointManager(root)
     manager.save(1, tree(1))
     manager.wait()
-    subscribe(lambda event: isinstance(event, Flushed) and os.kill(os.getpid(), signal.SIGKILL))
+
+    def die(event: Event) -> None:
+        if isinstance(event, Flushed):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    subscribe(die)
     manager.save(step, tree(step))
     manager.wait()
 
