@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 from jaxckpt.checkpoint.place import Want
 from jaxckpt.checkpoint.source import OwnSource, needed_chunks
 from jaxckpt.core.errors import CheckpointError, CorruptionError, StorageError
-from jaxckpt.plan.restore import Groups, Sharing, rounds, sharing, split_evenly
+from jaxckpt.plan.restore import Groups, rounds, sharing, split_evenly
 from jaxckpt.transfer.read import ChunkRead, LeafRead, deliver
 from jaxckpt.transfer.upload import Target
 
@@ -55,9 +55,8 @@ def fill_together(source: OwnSource, targets: Mapping[int, tuple[Target, ...]], 
             continue
         forms = tuple((want.sharding, want.shape or entry.shape) for want in forms)
         plan = sharing(forms, entry.shape, entry.chunk, jax.process_count())
-        own += [source.chunk_read(leaf, i) for i in _exclusive(plan, rank)]
-        for index in np.nonzero(plan.needs.sum(axis=1) > 1)[0].tolist():
-            needed_by = tuple(np.nonzero(plan.needs[index])[0].tolist())
+        own += [source.chunk_read(leaf, i) for i in plan.alone(rank)]
+        for index, needed_by in plan.shared():
             chunks.setdefault((plan.groups, needed_by), []).append(source.chunk_read(leaf, index))
     streams = _streams(chunks)
 
@@ -105,10 +104,6 @@ def _split(wants: Sequence[Want]) -> tuple[dict[int, list[Want]], list[int]]:
             alone[want.leaf] = None
     # A leaf wanted both ways is read alone as well: rare, and right.
     return shared, list(alone)
-
-
-def _exclusive(plan: Sharing, rank: int) -> list[int]:
-    return np.nonzero(plan.needs[:, rank] & (plan.needs.sum(axis=1) == 1))[0].tolist()
 
 
 def _round(
