@@ -28,24 +28,24 @@ def open_path(path: Location, options: StorageOptions | None) -> Source:
 
 def fetch(source: Source, wants: list[Want]) -> tuple[list[Any], int]:
     """The values of these leaves, and the bytes read."""
-    return _restore._fetch(source, wants)
+    return _restore.fetch(source, wants)
 
 
 def want_saved(source: Source, leaf: int, choose: Any) -> Want:
     """A leaf as it was saved, or as ``choose(name, spec)`` places it; never narrowed to 32 bits unsaid."""
-    want = _restore._want_saved(source, leaf, choose)
-    _restore._refuse_narrowing(source, [want])
+    want = _restore.want_saved(source, leaf, choose)
+    _restore.refuse_narrowing(source, [want])
     return want
 
 
 def is_tree(like: Any) -> bool:
     """Whether this is a tree to restore into, and not None or a function that places leaves."""
-    return _restore._is_tree(like)
+    return _restore.is_tree(like)
 
 
 def made_together(like: Any, make: Callable[[], Made]) -> Made:
     """What ``make`` gives on this process; where ``like`` is global, an error on all if one of them has none."""
-    if not (is_tree(like) and _restore._is_global(like)):
+    if not (is_tree(like) and _restore.is_global(like)):
         return make()
     try:
         found = make()
@@ -60,12 +60,8 @@ def destinations(want: Want, shape: tuple[int, ...], dtype: np.dtype, count: int
     """Memory of ``count`` results of one form."""
     if want.sharding is None:
         return [host_destination(shape, dtype) for _ in range(count)]
-    kind: Any = getattr(upload, "Allocation", None)
-    if kind is None:
-        return [upload.device_destination(shape, dtype, want.sharding) for _ in range(count)]
-    allocation = kind()
-    make: Any = upload.device_destination
-    found = [make(shape, dtype, want.sharding, allocation=allocation) for _ in range(count)]
+    allocation = upload.Allocation()
+    found = [upload.device_destination(shape, dtype, want.sharding, allocation=allocation) for _ in range(count)]
     allocation.make()
     return found
 
@@ -79,4 +75,4 @@ def boxes_of(want: Want, shape: tuple[int, ...]) -> tuple[Box, ...]:
 
 def finished(want: Want, entry: LeafEntry, array: Any) -> Any:
     """A summed array in the form wanted; it has the dtype wanted already."""
-    return want.convert(_restore._finished(entry, array, replace(want, cast=None)))
+    return want.convert(_restore.finished(entry, array, replace(want, cast=None)))

@@ -72,13 +72,13 @@ def restore(
 
     def plan() -> _Plan:
         source = open_source(open_store(path, options))
-        if _is_tree(like):
+        if is_tree(like):
             return _plan_like(source, like, only, partial=partial, cast=cast, pad=pad)
         return _plan_as_saved(source, like, only)
 
-    found = _plan_together(location_text(path), plan) if _is_tree(like) and _is_global(like) else plan()
+    found = _plan_together(location_text(path), plan) if is_tree(like) and is_global(like) else plan()
     source = found.source
-    values, read_bytes = _fetch(source, found.wants)
+    values, read_bytes = fetch(source, found.wants)
     result = found.assemble(values)
     seconds = time.perf_counter() - start
     emit(Restored(path=source.url, process=jax.process_index(), read_bytes=read_bytes, seconds=seconds))
@@ -103,13 +103,14 @@ class _Plan(NamedTuple):
     assemble: Callable[[list[Any]], Any]  # from the values of the wants to the tree
 
 
-def _is_tree(like: Any) -> bool:
+def is_tree(like: Any) -> bool:
+    """Whether this is a tree to restore into, and not None or a function that places leaves."""
     # Modules of equinox and jax.tree_util.Partial are trees that can be called.
     function = callable(like) and not isinstance(like, jax.Array | jax.ShapeDtypeStruct) and children_of(like) is None
     return like is not None and not function
 
 
-def _is_global(like: Any) -> bool:
+def is_global(like: Any) -> bool:
     """Whether leaves of ``like`` live on several processes: then all of them take part in the restore."""
     if jax.process_count() == 1:
         return False
@@ -132,8 +133,8 @@ def _plan_as_saved(source: Source, choose: Chooser | None, only: Only) -> _Plan:
     places = Places(source.structure, only)
     if only is not None and not places.leaves:
         raise MismatchError(f"{source.url} has no leaf that matches only={only!r}. jaxckpt inspect shows its leaves.")
-    wants = {leaf: _want_saved(source, leaf, choose) for leaf in sorted(set(places.leaves.values()))}
-    _refuse_narrowing(source, wants.values())
+    wants = {leaf: want_saved(source, leaf, choose) for leaf in sorted(set(places.leaves.values()))}
+    refuse_narrowing(source, wants.values())
     structure = source.structure
     if only is not None:
         structure = prune(structure, lambda leaf, path: path in places.leaves) or NONE
@@ -144,7 +145,8 @@ def _plan_as_saved(source: Source, choose: Chooser | None, only: Only) -> _Plan:
     return _Plan(source, list(wants.values()), assemble)
 
 
-def _want_saved(source: Source, leaf: int, choose: Chooser | None) -> Want:
+def want_saved(source: Source, leaf: int, choose: Chooser | None) -> Want:
+    """A leaf as it was saved, or as ``choose(name, spec)`` places it."""
     entry = source.leaves[leaf]
     if entry.kind not in ("array", "prng_key"):
         return Want(leaf=leaf)
@@ -160,7 +162,8 @@ def _want_saved(source: Source, leaf: int, choose: Chooser | None) -> Want:
     return Want(leaf=leaf, sharding=chosen)
 
 
-def _refuse_narrowing(source: Source, wants: Iterable[Want]) -> None:
+def refuse_narrowing(source: Source, wants: Iterable[Want]) -> None:
+    """Raise where a 64-bit leaf would be cut to 32 bits unsaid."""
     entries = [source.leaves[want.leaf] for want in wants if want.sharding is not None]
     wide = [e for e in entries if jax.dtypes.canonicalize_dtype(dtype_of(e.dtype)) != dtype_of(e.dtype)]
     if wide:
@@ -216,7 +219,7 @@ class _Job(NamedTuple):
     destination: Destination
 
 
-def _fetch(source: Source, wants: list[Want]) -> tuple[list[Any], int]:
+def fetch(source: Source, wants: list[Want]) -> tuple[list[Any], int]:
     """The values of all wants, in batches that bound the host memory beyond them.
 
     While one batch is read, the destinations of the next one are made. Over several processes each batch is an exchange
@@ -294,11 +297,12 @@ def _fill(source: Source, batch: list[_Job], *, together: bool) -> int:
 def _finish(source: Source, batch: list[_Job], read_bytes: int, results: list[Any]) -> int:
     for job in batch:
         entry = source.leaves[job.want.leaf]
-        results[job.place] = job.want.convert(_finished(entry, job.destination.finish(), job.want))
+        results[job.place] = job.want.convert(finished(entry, job.destination.finish(), job.want))
     return read_bytes
 
 
-def _finished(entry: Any, array: Any, want: Want) -> Any:
+def finished(entry: Any, array: Any, want: Want) -> Any:
+    """The leaf's own kind of value from the array that was read: a key, a scalar, or the array."""
     if want.sharding is not None:
         return jax.random.wrap_key_data(array, impl=entry.prng_impl) if entry.kind == "prng_key" else array
     if want.cast is not None:
@@ -310,4 +314,4 @@ def _finished(entry: Any, array: Any, want: Want) -> Any:
 
 def read_leaf(source: Source, leaf: int) -> Any:
     """One leaf on the host (a PRNG key as its uint32 data)."""
-    return _fetch(source, [Want(leaf=leaf)])[0][0]
+    return fetch(source, [Want(leaf=leaf)])[0][0]

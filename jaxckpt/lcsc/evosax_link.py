@@ -1,0 +1,88 @@
+"""Algorithms of evosax (0.3.1 or newer; Lange, arXiv 2212.04180) as strategies, of both its families."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxckpt.core.errors import InvalidArgumentError
+
+PyTree = Any
+
+
+@contextmanager
+def _lenient() -> Iterator[None]:
+    """evosax relies on implicit promotion, which the caller may have forbidden."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Evosax:
+    """An algorithm of evosax. Its state is arrays alone, so it is saved as any tree."""
+
+    algorithm: Any
+    params: Any
+    has_mean: bool
+    uses_gradient: bool = field(default=False, init=False)
+
+    @_lenient()
+    def start(self, key: jax.Array, first: jax.Array) -> PyTree:
+        """Around zero; those of populations take the fitness of the first one in the first ``tell``."""
+        if self.has_mean:
+            return self.algorithm.init(key, jnp.zeros_like(first[0]), self.params)
+        return {"first": first, "inner": self.algorithm.init(key, first, jnp.zeros(len(first)), self.params)}
+
+    @_lenient()
+    def ask(self, key: jax.Array, state: PyTree, generation: int) -> tuple[jax.Array, PyTree]:
+        """Candidates [P, size]."""
+        if self.has_mean:
+            return self.algorithm.ask(key, state, self.params)
+        if generation == 0:
+            return state["first"], state
+        population, inner = self.algorithm.ask(key, state["inner"], self.params)
+        return population, {"first": state["first"], "inner": inner}
+
+    @_lenient()
+    def tell(
+        self, key: jax.Array, state: PyTree, population: jax.Array, fitness: jax.Array, slopes: Any, generation: int
+    ) -> PyTree:
+        """The state after their fitness [P]."""
+        del slopes
+        if self.has_mean:
+            return self.algorithm.tell(key, population, fitness, state, self.params)[0]
+        if generation == 0:
+            inner = self.algorithm.init(key, population, fitness, self.params)
+        else:
+            inner = self.algorithm.tell(key, population, fitness, state["inner"], self.params)[0]
+        return {"first": state["first"], "inner": inner}
+
+    @_lenient()
+    def mean(self, state: PyTree) -> jax.Array | None:
+        """The mean of the distribution."""
+        return self.algorithm.get_mean(state) if self.has_mean else None
+
+
+@lru_cache(maxsize=32)  # an instance is a static argument compared by identity: a new one compiles anew
+def make_evosax(name: str, has_mean: bool, population: int, size: int, options: tuple[tuple[str, Any], ...]) -> Evosax:
+    """The algorithm of this name, with these of its parameters replaced.
+
+    A step of one is what ``Space`` scales, so ``std_init`` is 1 unless given: comparing algorithms at their own
+    defaults would compare step sizes.
+    """
+    from evosax.algorithms import algorithms
+
+    with _lenient():
+        algorithm = algorithms[name](population_size=population, solution=jnp.zeros(size))
+        params: Any = algorithm.default_params
+    known = sorted(params.__dataclass_fields__)
+    if wrong := [key for key, _ in options if key not in known]:
+        raise InvalidArgumentError(f"evosax' {name} has no parameters {wrong}; it has {known}.")
+    given = dict(options)
+    if "std_init" in known:
+        given.setdefault("std_init", 1.0)
+    return Evosax(algorithm, params.replace(**given), has_mean)

@@ -1,0 +1,121 @@
+"""What a search found and how: a table, JSON, and plots."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxckpt.core.errors import InvalidArgumentError
+from jaxckpt.lcsc.selection import Row
+
+PyTree = Any
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """How the search went.
+
+    Attributes:
+        rows: the finalists and the references, scored alike on fresh noise.
+        chosen: name of the row that is the result.
+        fitness: float64 [generations, P], noisy, as the search saw it, penalty included.
+        path: float64 [generations, G, K]: the search mean (or the best candidate) after each generation.
+        groups: globs of leaf names, G of them.
+        evaluations: of single models by the search, profiles included; the final scores are not.
+        seconds: of this process; ``objective_seconds`` of them were spent in evaluation.
+        settings: strategy, its options, space, noise, seed, and what the caller recorded: metric, sampler, NFE.
+        concerns: what was warned of.
+    """
+
+    rows: tuple[Row, ...]
+    chosen: str
+    fitness: np.ndarray
+    path: np.ndarray
+    groups: tuple[str, ...]
+    evaluations: int
+    seconds: float
+    objective_seconds: float
+    settings: dict[str, Any]
+    concerns: tuple[str, ...]
+
+    def row(self, name: str) -> Row:
+        """The row of this name."""
+        for one in self.rows:
+            if one.name == name:
+                return one
+        raise InvalidArgumentError(f"There is no row {name!r}; there are {[one.name for one in self.rows]}.")
+
+    def __str__(self) -> str:
+        """A table, best score first."""
+        head = f"{'':12} {'score':>12} {'guard':>12} {'held out':>12} {'sum |a|':>9} {'negative':>9} {'largest':>9}"
+        lines = [head]
+        lines += [
+            f"{one.name:12} {one.score:12.6g} {_number(one.guard)} {_number(one.held_out)} "
+            f"{one.l1:9.3f} {one.negative_mass:9.3f} {one.largest:9.3f}"
+            + ("  <- chosen" if one.name == self.chosen else "")
+            for one in sorted(self.rows, key=lambda row: row.score)
+        ]
+        lines.append(f"{self.evaluations} evaluations in {self.seconds:.1f} s; {self.settings}")
+        return "\n".join([*lines, *self.concerns])
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON values, as for the metadata of the merged checkpoint."""
+        return {
+            "chosen": self.chosen,
+            "evaluations": self.evaluations,
+            "groups": list(self.groups),
+            "settings": self.settings,
+            "concerns": list(self.concerns),
+            "rows": [
+                {
+                    "name": one.name,
+                    "coefficients": one.coefficients.tolist(),
+                    "score": one.score,
+                    "guard": one.guard,
+                    "held_out": one.held_out,
+                    "negative_mass": one.negative_mass,
+                    "l1": one.l1,
+                    "largest": one.largest,
+                }
+                for one in self.rows
+            ],
+        }
+
+    def plot(self, path: str | Path, *, steps: Any = None) -> None:
+        """Save a PNG: fitness by evaluation, and the coefficients over the training steps (or their numbers)."""
+        try:
+            from matplotlib.backends.backend_agg import FigureCanvasAgg
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise InvalidArgumentError('A plot needs matplotlib: pip install "jaxckpt[search]".') from error
+        figure = Figure(figsize=(10, 4), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        at = (np.arange(len(self.fitness)) + 1) * self.fitness.shape[1]
+        left.plot(at, self.fitness.mean(1), label="mean of the generation")
+        left.plot(at, self.fitness.min(1), label="best of the generation (noisy)")
+        left.axhline(self.row(self.chosen).score, color="black", linestyle=":", label="chosen, on fresh noise")
+        left.set(xlabel="evaluations", ylabel="objective", title="search")
+        left.legend()
+        chosen, start = self.row(self.chosen).coefficients, self.row("profile").coefficients
+        where = np.arange(chosen.shape[1]) if steps is None else np.asarray(steps)
+        right.plot(where, start[0], color="gray", linestyle="--", label="best EMA profile")
+        for group, one in zip(self.groups, chosen, strict=True):
+            right.plot(where, one, marker=".", label=group)
+        right.axhline(0, color="black", linewidth=0.5)
+        right.set(xlabel="checkpoint" if steps is None else "training step", ylabel="coefficient", title="coefficients")
+        right.legend()
+        FigureCanvasAgg(figure).print_figure(str(path), format="png", dpi=100)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """``coefficients`` float64 [K], or [G, K] with several groups; ``params``: the merged tree, as ``like``."""
+
+    coefficients: np.ndarray
+    params: PyTree
+    report: Report
+
+
+def _number(value: float | None) -> str:
+    return f"{'':>12}" if value is None else f"{value:12.6g}"

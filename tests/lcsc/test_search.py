@@ -1,0 +1,242 @@
+"""Claims about the search, on models whose best coefficients are known in closed form."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxckpt.averaging.average import average
+from jaxckpt.checkpoint.save import save
+from jaxckpt.core.errors import InvalidArgumentError, MismatchError
+from jaxckpt.lcsc.evaluate import merge
+from jaxckpt.lcsc.search import search
+from jaxckpt.lcsc.space import Space
+from jaxckpt.lcsc.strategies import names
+
+K = 6
+
+
+def _trees() -> list[Any]:
+    rng = np.random.default_rng(0)
+    return [
+        {
+            "a": {"w": jnp.asarray(rng.normal(size=(3, 2)), jnp.float32)},
+            "b": jnp.asarray(rng.normal(size=4), jnp.float32),
+        }
+        for _ in range(K)
+    ]
+
+
+TREES = _trees()
+WANTED = np.array([-0.3, 0.1, 0.2, 0.3, 0.3, 0.4])
+TARGET = average(TREES, WANTED)
+
+
+def distance(a: Any, b: Any) -> Any:
+    return sum(((x - y) ** 2).sum() for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+
+
+def loss(params: Any, key: jax.Array) -> jax.Array:
+    """Least squares; the noise is common to all candidates of a generation."""
+    noise = 0.01 * jax.random.normal(key, ())
+    return (
+        sum(((x - y) ** 2).sum() for x, y in zip(jax.tree.leaves(params), jax.tree.leaves(TARGET), strict=True)) + noise
+    )
+
+
+def test_cma_es_finds_the_optimum_with_signs() -> None:
+    found = search(TREES, loss, budget=1200, scale=0.2)
+    np.testing.assert_allclose(found.coefficients, WANTED, atol=0.02)
+    assert abs(found.coefficients.sum() - 1) < 1e-12
+    assert found.coefficients.dtype == np.float64
+    assert found.report.row("mean").negative_mass == pytest.approx(0.3, abs=0.03)
+    exact = average(TREES, found.coefficients)
+    assert all(jax.tree.leaves(jax.tree.map(lambda x, y: bool((x == y).all()), found.params, exact)))
+
+
+@pytest.mark.parametrize("strategy", ["evolution", "random", "gradient", "SNES", "DifferentialEvolution"])
+def test_other_strategies_are_no_worse_than_the_best_profile(strategy: str) -> None:
+    options = {"sigma": 0.5} if strategy == "evolution" else {}
+    report = search(TREES, loss, strategy=strategy, options=options, budget=407).report
+    assert report.row(report.chosen).score <= report.row("profile").score
+    if strategy != "random":
+        assert report.row(report.chosen).score < 0.8 * report.row("profile").score
+
+
+@pytest.mark.parametrize("strategy", sorted(set(names()) - {"cma_es", "evolution", "random", "gradient"}))
+def test_every_named_strategy_runs(strategy: str) -> None:
+    report = search(TREES, loss, strategy=strategy, budget=7 + 3 * 8, population=8).report
+    assert np.isfinite(report.fitness).all()
+
+
+def test_simplex_has_no_negative_coefficient() -> None:
+    found = search(TREES, loss, space="simplex", budget=407)
+    assert found.coefficients.min() >= 0
+    assert abs(found.coefficients.sum() - 1) < 1e-12
+
+
+def test_bounds_hold() -> None:
+    found = search(TREES, loss, bounds=(-0.1, 0.35), decays=(0.5, 0.9), budget=402)
+    assert found.coefficients.min() >= -0.1
+    assert found.coefficients.max() <= 0.35
+    assert abs(found.coefficients.sum() - 1) < 1e-9
+
+
+def test_free_space_need_not_sum_to_one() -> None:
+    half = jax.tree.map(lambda x: x / 2, TARGET)
+
+    def to_half(params: Any, key: jax.Array) -> Any:
+        return distance(params, half)
+
+    found = search(TREES, to_half, space="free", scale=0.2, budget=807)
+    assert found.coefficients.sum() == pytest.approx(0.5, abs=0.05)
+
+
+def test_groups_have_their_own_coefficients() -> None:
+    other = average(TREES, WANTED[::-1].copy())
+
+    def apart(params: Any, key: jax.Array) -> Any:
+        return ((params["a"]["w"] - TARGET["a"]["w"]) ** 2).sum() + ((params["b"] - other["b"]) ** 2).sum()
+
+    one = search(TREES, apart, budget=807, scale=0.2)
+    two = search(TREES, apart, budget=807, scale=0.2, groups=("a", "*"))
+    assert two.coefficients.shape == (2, K)
+    assert two.report.row(two.report.chosen).score < 0.2 * one.report.row(one.report.chosen).score
+
+
+def test_l1_penalty_shrinks_negative_mass() -> None:
+    plain, held = (search(TREES, loss, budget=407, scale=0.2, l1_penalty=p).report for p in (0.0, 100.0))
+    assert held.row(held.chosen).negative_mass < 0.05 < plain.row(plain.chosen).negative_mass
+
+
+def test_python_objectives_and_streamed_checkpoints_agree_with_the_jitted_program(tmp_path: Path) -> None:
+    for i, tree in enumerate(TREES):
+        save(tmp_path / str(i), tree)
+    how = {"budget": 7 + 3 * 4, "population": 4}
+    jitted = search(TREES, loss, **how)
+    python = search(TREES, lambda p, key: float(loss(p, key)), jit=False, **how)
+    stored = [str(tmp_path / str(i)) for i in range(K)]
+    streamed = search(stored, loss, like=TREES[0], placement="stream", **how)
+    for other in (python, streamed):
+        np.testing.assert_allclose(other.report.fitness, jitted.report.fitness, rtol=1e-4)
+
+
+def test_a_small_memory_budget_changes_no_result() -> None:
+    whole, parts = (search(TREES, loss, budget=7 + 32, memory_bytes=m) for m in (1 << 30, 100))
+    np.testing.assert_allclose(parts.report.fitness, whole.report.fitness, rtol=1e-5)
+
+
+def test_candidates_are_spread_over_the_mesh() -> None:
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    spec = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "model"))
+    rest = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("model"))
+    placed = [{"a": {"w": jax.device_put(t["a"]["w"], spec)}, "b": jax.device_put(t["b"], rest)} for t in TREES]
+    target = jax.tree.map(np.asarray, TARGET)
+
+    def same(params: Any, key: jax.Array) -> Any:
+        return ((params["a"]["w"] - target["a"]["w"]) ** 2).sum() + ((params["b"] - target["b"]) ** 2).sum()
+
+    spread = search(placed, same, mesh=mesh, budget=7 + 32)
+    alone = search(TREES, same, budget=7 + 32)
+    np.testing.assert_allclose(spread.report.fitness, alone.report.fitness, rtol=1e-4)
+    assert spread.params["b"].sharding.is_equivalent_to(rest, 1)
+
+
+def test_noise_is_common_within_a_generation_and_fresh_across() -> None:
+    def only_noise(params: Any, key: jax.Array) -> Any:
+        return jax.random.normal(key, ()) + 0 * params["b"].sum()
+
+    fresh = search(TREES, only_noise, budget=7 + 64, strategy="random").report.fitness
+    fixed = search(TREES, only_noise, budget=7 + 64, strategy="random", noise="fixed").report.fitness
+    assert (fresh == fresh[:, :1]).all()
+    assert len(set(fresh[:, 0])) == len(fresh)
+    assert len(set(fixed.ravel())) == 1
+
+
+def test_a_worse_guard_is_warned_of_and_reported() -> None:
+    def guard(params: Any, key: jax.Array) -> Any:
+        return -loss(params, key)
+
+    with pytest.warns(RuntimeWarning, match="guard metric disagrees"):
+        report = search(TREES, loss, budget=407, guard=guard, held_out=loss).report
+    assert report.concerns
+    assert report.row("last").held_out is not None
+    assert "chosen" in str(report)
+
+
+def test_a_search_that_failed_everywhere_returns_the_profile() -> None:
+    report = search(TREES, lambda p, key: jnp.float32(jnp.nan) * p["b"].sum(), budget=39).report
+    assert report.chosen == "profile"
+
+
+def test_wrong_arguments_are_named() -> None:
+    with pytest.raises(InvalidArgumentError, match="cma_es"):
+        search(TREES, loss, strategy="nope")
+    with pytest.raises(InvalidArgumentError, match="budget is 10"):
+        search(TREES, loss, budget=10)
+    with pytest.raises(MismatchError, match="No group"):
+        search(TREES, loss, groups=("a.*",))
+    with pytest.raises(InvalidArgumentError, match="std_init"):
+        search(TREES, loss, options={"sigma": 1})
+
+
+def test_plot_is_a_png(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    search(TREES, loss, budget=39).report.plot(tmp_path / "search.png", steps=range(K))
+    assert (tmp_path / "search.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_merge_is_the_contraction_and_keeps_dtypes() -> None:
+    stacked = {"h": jnp.arange(6, dtype=jnp.bfloat16).reshape(3, 2), "n": jnp.arange(3)}
+    found = merge(stacked, jnp.array([[[0.5, 0.25, 0.25]], [[2.0, -1.0, 0.0]]]), (0, 0))
+    assert found["h"].dtype == jnp.bfloat16
+    assert found["h"].tolist() == [[1.5, 2.5], [-2.0, -1.0]]
+    assert found["n"].tolist() == [2, 2]
+
+
+@pytest.mark.parametrize("kind", ["sum_to_one", "free", "simplex"])
+def test_vectors_and_coefficients_are_inverses(kind: Any) -> None:
+    space = Space(kind=kind, count=3, groups=("a", "*"))
+    centre = np.array([[0.2, 0.3, 0.5], [0.1, 0.1, 0.8]])
+    wanted = np.array([[0.6, 0.3, 0.1], [0.3, 0.3, 0.4]])
+    np.testing.assert_allclose(space.coefficients(space.vector(wanted, centre), centre), wanted, atol=1e-6)
+
+
+KILLED = """
+import os, signal, sys
+import jax.numpy as jnp
+from jaxckpt.lcsc.search import search
+trees = [{"w": jnp.array([float(i), i * i / 2.0])} for i in range(4)]
+stop = int(sys.argv[2])
+def look(seen):
+    if seen.generation == stop:
+        os.kill(os.getpid(), signal.SIGKILL)
+import jax
+def loss(p, key):
+    return ((p["w"] - 1.7) ** 2).sum() * (1 + 0.1 * jax.random.normal(key, ()))
+found = search(trees, loss, strategy=sys.argv[3], budget=7 + 8 * 8, population=8, state=sys.argv[1], progress=look)
+print(found.report.fitness.tobytes().hex(), found.coefficients.tobytes().hex(), found.params["w"].tolist())
+"""
+
+
+@pytest.mark.parametrize("strategy", ["cma_es", "PSO"])
+def test_a_killed_search_goes_on_bit_for_bit(tmp_path: Path, strategy: str) -> None:
+    def run(state: str, stop: int) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", KILLED, str(tmp_path / state), str(stop), strategy]
+        return subprocess.run(command, capture_output=True, text=True, check=False, timeout=100)
+
+    assert run("killed", 5).returncode == -9
+    resumed, whole = run("killed", -1), run("whole", -1)
+    assert whole.returncode == resumed.returncode == 0, resumed.stderr
+    assert resumed.stdout == whole.stdout
+
+
+def test_state_of_another_search_is_refused(tmp_path: Path) -> None:
+    search(TREES, loss, budget=39, state=str(tmp_path / "s"))
+    with pytest.raises(MismatchError, match="budget was 39"):
+        search(TREES, loss, budget=55, state=str(tmp_path / "s"))
