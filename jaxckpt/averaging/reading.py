@@ -7,7 +7,6 @@ from typing import Any, TypeVar
 import numpy as np
 
 from jaxckpt.checkpoint import restore as _restore
-from jaxckpt.checkpoint.exchange import agree
 from jaxckpt.checkpoint.place import Want as Want
 from jaxckpt.checkpoint.source import Source, open_source
 from jaxckpt.core.box import Box, whole
@@ -45,15 +44,9 @@ def is_tree(like: Any) -> bool:
 
 def made_together(like: Any, make: Callable[[], Made]) -> Made:
     """What ``make`` gives on this process; where ``like`` is global, an error on all if one of them has none."""
-    if not (is_tree(like) and _restore.is_global(like)):
-        return make()
-    try:
-        found = make()
-    except Exception as error:
-        agree("the sources", error)
-        raise
-    agree("the sources", None)
-    return found
+    if is_tree(like) and _restore.is_global(like):
+        return _restore.made_together("the sources", make)
+    return make()
 
 
 def destinations(want: Want, shape: tuple[int, ...], dtype: np.dtype, count: int) -> list[Destination]:

@@ -3,8 +3,8 @@
 Chunks that one process alone needs go straight to their places. A chunk that several need is read by one of them; the
 bytes read by all members of a group are exchanged by one jitted identity whose output is replicated within the group
 (one all-gather over the interconnect, in which every device carries its part), in rounds of bounded size. Before each
-round, and at the end, all processes tell each other whether they could read: a damaged chunk raises on all of them, and
-none is left waiting.
+round, and at the end, all processes tell each other whether they could read (``together.py``): a damaged chunk raises
+on all of them, and none is left waiting.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,14 +16,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from jaxckpt.checkpoint.place import Want
 from jaxckpt.checkpoint.source import OwnSource, needed_chunks
-from jaxckpt.core.errors import CheckpointError, CorruptionError, StorageError
+from jaxckpt.checkpoint.together import Together
 from jaxckpt.plan.restore import Groups, rounds, sharing, split_evenly
 from jaxckpt.transfer.read import ChunkRead, LeafRead, deliver
 from jaxckpt.transfer.upload import Target
 
 ROUND_BYTES = 16 * 1024 * 1024  # read and sent by one process in one round
 _RECEIVED_BYTES = 512 * 1024 * 1024  # that one process gets in one round: with many processes, each sends less
-_STATUS_BYTES = 1024
 _SMALLEST = 4096
 
 
@@ -38,11 +37,13 @@ def spans_processes(sharding: Sharding) -> bool:
     return len({device.process_index for device in sharding.device_set}) > 1
 
 
-def fill_together(source: OwnSource, targets: Mapping[int, tuple[Target, ...]], wants: Sequence[Want]) -> int:
+def fill_together(
+    source: OwnSource, targets: Mapping[int, tuple[Target, ...]], wants: Sequence[Want], together: Together
+) -> int:
     """Fill the targets of one batch; all processes call it with equal ``wants``. Returns the bytes this one read.
 
     Raises:
-        CheckpointError: on all processes, when one of them could not read; names it.
+        CheckpointError: on all processes, when one of them could not read or did not come in time; names it.
     """
     rank = jax.process_index()
     shared, alone = _split(wants)
@@ -69,9 +70,9 @@ def fill_together(source: OwnSource, targets: Mapping[int, tuple[Target, ...]], 
         limit = min(ROUND_BYTES, _RECEIVED_BYTES // len(groups[0]))
         for cut in rounds([[chunk.length for chunk in chunks] for chunks in lists], limit):
             parts = [chunks[first:stop] for chunks, (first, stop) in zip(lists, cut, strict=True)]
-            more, error = _round(source, parts, groups, reads, rank, error)
+            more, error = _round(source, parts, groups, reads, rank, error, together)
             read_bytes += more
-    agree(source.url, error)
+    together.agree(error)
     return read_bytes
 
 
@@ -113,6 +114,7 @@ def _round(
     reads: Mapping[int, LeafRead],
     rank: int,
     error: Exception | None,
+    together: Together,
 ) -> tuple[int, Exception | None]:
     """Read this process's part of one round, exchange it within the group, deliver what the group read.
 
@@ -138,9 +140,9 @@ def _round(
             read_bytes = source.read(list(parts[rank]), leaves, sink=keep)
         except Exception as failure:
             error = failure
-    agree(source.url, error)
+    together.agree(error)
     group = next(group for group in groups if rank in group)
-    received = _gather(stream, groups)
+    received = together.exchange(lambda: _gather(stream, groups))
     try:
         _deliver(received, [parts[process] for process in group], reads)
     except Exception as failure:
@@ -157,22 +159,6 @@ def _deliver(received: np.ndarray, parts: list[list[ChunkRead]], reads: Mapping[
             if leaf is not None:
                 deliver(leaf, chunk.index, received[row, start : start + size])
             start += size
-
-
-def agree(url: str, error: Exception | None) -> None:
-    """Raise on every process if one has an error; all processes call it."""
-    text = b"" if error is None else f"{type(error).__name__}: {error}".encode()[: _STATUS_BYTES - 1]
-    status = np.zeros(_STATUS_BYTES, np.uint8)
-    status[: len(text)] = np.frombuffer(text, np.uint8)
-    everyone = (tuple(range(jax.process_count())),)
-    told = _gather(status, everyone)
-    if error is not None:
-        raise error
-    failed = [process for process in range(len(told)) if told[process].any()]
-    if failed:
-        words = told[failed[0]].tobytes().rstrip(b"\0").decode(errors="replace")
-        kind = next((c for c in (CorruptionError, StorageError) if words.startswith(c.__name__)), CheckpointError)
-        raise kind(f"Process {failed[0]} of {len(told)} could not read its part of {url}: {words}")
 
 
 def _gather(mine: np.ndarray, groups: Groups) -> np.ndarray:

@@ -4,16 +4,18 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 from jax.sharding import Sharding
 
-from jaxckpt.checkpoint.exchange import agree, fill_together, is_shared, spans_processes
+from jaxckpt.checkpoint.exchange import fill_together, is_shared, spans_processes
 from jaxckpt.checkpoint.leaves import plain_value
 from jaxckpt.checkpoint.match import Differences, Only, Places, prune, raise_on
 from jaxckpt.checkpoint.place import Want, default_sharding, saved_sharding, want_like
 from jaxckpt.checkpoint.source import OwnSource, Source, open_source
+from jaxckpt.checkpoint.together import Together
+from jaxckpt.coordination.session import TIMEOUT_S
 from jaxckpt.core.dtypes import dtype_of
 from jaxckpt.core.errors import InvalidArgumentError, MismatchError
 from jaxckpt.core.events import Restored, emit
@@ -22,6 +24,7 @@ from jaxckpt.storage.url import Location, StorageOptions, location_text, open_st
 from jaxckpt.transfer.upload import Allocation, Destination, Target, device_destination, host_destination
 
 STAGING_BYTES = 32 * 1024 * 1024  # of a batch: two of them are the host memory beyond the restored arrays
+Made = TypeVar("Made")
 Chooser = Callable[[str, jax.ShapeDtypeStruct], Sharding | None]
 
 
@@ -34,6 +37,7 @@ def restore(
     cast: bool = False,
     pad: bool = False,
     options: StorageOptions | None = None,
+    timeout_s: float = TIMEOUT_S,
 ) -> Any:
     """Restore a checkpoint of ours, or one that Orbax wrote.
 
@@ -53,6 +57,7 @@ def restore(
         cast: convert to the dtypes of ``like``.
         pad: cut or zero-fill to the shapes of ``like`` (same number of dimensions).
         options: endpoint, region and credentials of object stores.
+        timeout_s: how long to wait for another process, where they restore together.
 
     Returns:
         The tree. Its arrays own their memory and may be donated.
@@ -61,6 +66,8 @@ def restore(
         NotFoundError, NotCommittedError: there is no (finished) checkpoint.
         MismatchError: lists all leaves that are missing, unexpected, or of the wrong shape, dtype or kind.
         CorruptionError: stored bytes are not those that were saved; names leaf, chunk and file.
+        CoordinationError: a process died, or was not there in time; names it. What one process cannot read raises the
+            same kind of error on all.
 
     Example:
         >>> from jaxckpt.checkpoint.save import save
@@ -76,9 +83,12 @@ def restore(
             return _plan_like(source, like, only, partial=partial, cast=cast, pad=pad)
         return _plan_as_saved(source, like, only)
 
-    found = _plan_together(location_text(path), plan) if is_tree(like) and is_global(like) else plan()
+    if is_tree(like) and is_global(like):
+        found = made_together(location_text(path), plan, timeout_s=timeout_s)
+    else:
+        found = plan()
     source = found.source
-    values, read_bytes = fetch(source, found.wants)
+    values, read_bytes = fetch(source, found.wants, timeout_s=timeout_s)
     result = found.assemble(values)
     seconds = time.perf_counter() - start
     emit(Restored(path=source.url, process=jax.process_index(), read_bytes=read_bytes, seconds=seconds))
@@ -118,15 +128,16 @@ def is_global(like: Any) -> bool:
     return any(sharding is not None and spans_processes(sharding) for sharding in shardings)
 
 
-def _plan_together(url: str, plan: Callable[[], _Plan]) -> _Plan:
-    """The plan of this process, or an error on all processes if one of them has none: say, it cannot see the files."""
-    try:
-        found = plan()
-    except Exception as error:
-        agree(url, error)
-        raise
-    agree(url, None)
-    return found
+def made_together(url: str, make: Callable[[], Made], *, timeout_s: float = TIMEOUT_S) -> Made:
+    """What ``make`` gives on this process, or an error on all if one of them has none: say, it cannot see the files."""
+    with Together(url, timeout_s) as together:
+        try:
+            found = make()
+        except Exception as error:
+            together.agree(error)
+            raise
+        together.agree(None)
+        return found
 
 
 def _plan_as_saved(source: Source, choose: Chooser | None, only: Only) -> _Plan:
@@ -219,14 +230,13 @@ class _Job(NamedTuple):
     destination: Destination
 
 
-def fetch(source: Source, wants: list[Want]) -> tuple[list[Any], int]:
+def fetch(source: Source, wants: list[Want], *, timeout_s: float = TIMEOUT_S) -> tuple[list[Any], int]:
     """The values of all wants, in batches that bound the host memory beyond them.
 
     While one batch is read, the destinations of the next one are made. Over several processes each batch is an exchange
     between all of them, so there one follows the other.
     """
     results: list[Any] = [None] * len(wants)
-    together = jax.process_count() > 1 and any(map(is_shared, wants))  # alike on all processes
     stored: list[tuple[int, Want]] = []
     read_bytes = 0
     for place, want in enumerate(wants):
@@ -234,16 +244,17 @@ def fetch(source: Source, wants: list[Want]) -> tuple[list[Any], int]:
             stored.append((place, want))
         else:
             results[place] = want.convert(plain_value(source.leaves[want.leaf]))
-    if together:
-        for batch in _batches(source, stored):
-            read_bytes += _finish(source, batch, _fill(source, batch, together=True), results)
+    if jax.process_count() > 1 and any(map(is_shared, wants)):  # alike on all processes
+        with Together(source.url, timeout_s) as together:
+            for batch in _batches(source, stored):
+                read_bytes += _finish(source, batch, _fill(source, batch, together), results)
         return results, read_bytes
     with ThreadPoolExecutor(1, thread_name_prefix="jaxckpt-fill") as reader:
         before: tuple[list[_Job], Future[int]] | None = None
         for batch in _batches(source, stored):
             if before is not None:
                 done = before[1].result()
-            reading = reader.submit(_fill, source, batch, together=False)
+            reading = reader.submit(_fill, source, batch, None)
             if before is not None:
                 read_bytes += _finish(source, before[0], done, results)
             before = (batch, reading)
@@ -285,13 +296,21 @@ def _destination(source: Source, want: Want, allocation: Allocation) -> Destinat
     return device_destination(shape, dtype, want.sharding, allocation=allocation, cast=want.cast, zero=zero)
 
 
-def _fill(source: Source, batch: list[_Job], *, together: bool) -> int:
+def _fill(source: Source, batch: list[_Job], together: Together | None) -> int:
     targets: dict[int, tuple[Target, ...]] = {}
     for job in batch:
         targets[job.want.leaf] = targets.get(job.want.leaf, ()) + job.destination.targets()
-    if together and isinstance(source, OwnSource):
-        return fill_together(source, targets, [job.want for job in batch])
-    return source.fill(targets)
+    if together is None:
+        return source.fill(targets)
+    if isinstance(source, OwnSource):
+        return fill_together(source, targets, [job.want for job in batch], together)
+    try:
+        read_bytes = source.fill(targets)
+    except Exception as error:
+        together.agree(error)
+        raise
+    together.agree(None)
+    return read_bytes
 
 
 def _finish(source: Source, batch: list[_Job], read_bytes: int, results: list[Any]) -> int:

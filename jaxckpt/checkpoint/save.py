@@ -18,7 +18,7 @@ from jaxckpt.checkpoint.leaves import Compression, Described, describe
 from jaxckpt.checkpoint.lineage import Lineage, lineage_record
 from jaxckpt.checkpoint.pending import PendingSave
 from jaxckpt.coordination.jax_client import current_coordinator
-from jaxckpt.coordination.session import Session, session_name
+from jaxckpt.coordination.session import TIMEOUT_S, Session, session_name
 from jaxckpt.core.errors import InvalidArgumentError
 from jaxckpt.core.events import Captured, SaveSkipped, emit
 from jaxckpt.plan.save import SavePlan, plan_save
@@ -26,8 +26,6 @@ from jaxckpt.storage.url import Location, StorageOptions, location_text, open_st
 from jaxckpt.transfer.capture import MODES, Landing, Mode, capture_tree, capture_waiting
 from jaxckpt.transfer.in_step import Snapshot
 from jaxckpt.transfer.staging import STAGING, default_budget_bytes
-
-TIMEOUT_S = 600.0
 
 
 def save(

@@ -11,6 +11,8 @@ from urllib.parse import quote
 from jaxckpt.coordination.coordinator import AbstractCoordinator
 from jaxckpt.core.errors import CoordinationError
 
+TIMEOUT_S = 600.0  # for which one process waits for another, unless told
+
 # While waiting, a look at the failures is taken between two blocking gets. An arrival ends such a get at once, so the
 # length of a get delays only the news of a failure, and the load on the store stays the same however many wait.
 _FIRST_SLICE_S = 0.02
@@ -43,10 +45,15 @@ class Session:
     the others (``fail``). At the end every process calls ``close``, after success and failure alike.
 
     With one process nothing is sent anywhere.
+
+    Args:
+        coordinator: the store.
+        name: of this operation, the same on all processes and used once (``session_name``).
+        about: what messages call it; ``name`` by default.
     """
 
-    def __init__(self, coordinator: AbstractCoordinator, name: str) -> None:
-        self.name = name
+    def __init__(self, coordinator: AbstractCoordinator, name: str, *, about: str = "") -> None:
+        self.name = about or name
         self._coordinator = coordinator
         self._alone = coordinator.size == 1
         self._root = f"jaxckpt/session/{quote(name, safe='')}"

@@ -14,6 +14,8 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 import jaxckpt as jc
+from jaxckpt.checkpoint import exchange
+from jaxckpt.checkpoint.source import OwnSource
 from jaxckpt.coordination.jax_client import current_coordinator
 from jaxckpt.core.events import Event, Flushed, subscribe
 from tests.processes.programs import mesh_sharding
@@ -74,6 +76,7 @@ def many_faults(folder: str) -> dict:
         _damaged_shared,
         _damaged_own,
         _sees_no_files,
+        _lags_in_restore,
         _another_like,
     ):
         seen[fault.__name__[1:]] = fault(f"{folder}/{fault.__name__[1:]}", rank == 1)
@@ -165,6 +168,38 @@ def _sees_no_files(path: str, faulty: bool) -> dict:
     tree = small_tree()
     jc.save(path, tree, timeout_s=LIMIT_S)
     return told(lambda: jc.restore(f"{path}/elsewhere" if faulty else path, tree))
+
+
+def _lags_in_restore(path: str, faulty: bool) -> dict:
+    tree = small_tree()
+    jc.save(path, tree, timeout_s=LIMIT_S)
+    coordinator = current_coordinator()
+    if faulty:
+        for rank in (0, 2):
+            coordinator.get(f"test/restore given up/{rank}", timeout_s=LIMIT_S)
+    found = told(lambda: jc.restore(path, tree, timeout_s=1.5))
+    coordinator.put(f"test/restore given up/{coordinator.rank}", b"")
+    meet("restore given up by all")
+    again = jc.restore(path, tree, timeout_s=LIMIT_S)
+    same = all(np.array_equal(again[name].addressable_data(0), tree[name].addressable_data(0)) for name in ("sharded",))
+    return found | {"again": same}
+
+
+def stopped_in_restore(path: str, victim: int, how: int, *, exchanging: bool) -> dict:
+    """One process is killed or stopped when it has read, or on its way into the exchange."""
+    tree = small_tree()
+    jc.save(path, tree, timeout_s=LIMIT_S)
+    jc.restore(path, tree, timeout_s=LIMIT_S)  # programs are compiled
+    coordinator = current_coordinator()
+    meet("restored once")
+    if jax.process_index() == victim:
+        owner, name = (exchange, "_gather") if exchanging else (OwnSource, "read")
+        setattr(owner, name, lambda *_, **__: os.kill(os.getpid(), how))
+    coordinator.put(f"test/pid/{coordinator.rank}", str(os.getpid()).encode())
+    found = told(lambda: jc.restore(path, tree, timeout_s=3))
+    if coordinator.rank == 0 and how == signal.SIGSTOP:
+        os.kill(int(coordinator.get(f"test/pid/{victim}", timeout_s=LIMIT_S)), signal.SIGKILL)
+    return found
 
 
 def _another_like(path: str, faulty: bool) -> dict:

@@ -1,5 +1,6 @@
 """Processes that die, lag, fail or disagree: the others say who and where, nobody hangs, nothing half is committed."""
 
+import signal
 from pathlib import Path
 
 import jax
@@ -141,10 +142,32 @@ def test_a_damaged_chunk_raises_on_all_processes(
 @pytest.mark.parametrize(("fault", "error"), [("sees_no_files", "NotFoundError"), ("another_like", "MismatchError")])
 def test_a_restore_that_fails_on_one_process_raises_on_all(told: dict[str, list[dict]], fault: str, error: str):
     heard = told[fault]
-    assert [h["error"] for h in heard] == ["CheckpointError", error, "CheckpointError"]
+    assert [h["error"] for h in heard] == [error] * 3
     for rank in (0, 2):
         assert "Process 1 of 3 could not read its part of" in heard[rank]["message"]
         assert error in heard[rank]["message"]
+
+
+def test_a_process_that_lags_in_a_restore_is_named_at_the_deadline_and_the_next_restore_works(
+    told: dict[str, list[dict]],
+):
+    heard = told["lags_in_restore"]
+    for rank in (0, 2):
+        assert heard[rank]["error"] == "CoordinationError"
+        assert 'Process 1 of 3 did not reach stage "part 1" of the restore of' in heard[rank]["message"]
+        assert 1.4 < heard[rank]["after_s"] < 8
+    assert heard[1]["error"] == "CoordinationError"
+    assert [h["again"] for h in heard] == [True] * 3
+
+
+@pytest.mark.parametrize(("how", "exchanging"), [(signal.SIGKILL, False), (signal.SIGSTOP, True)])
+def test_a_process_that_is_killed_or_stopped_in_a_restore_is_named(tmp_path: Path, how: int, exchanging: bool):
+    args = {"path": str(tmp_path / "state"), "victim": 1, "how": how, "exchanging": exchanging}
+    results = run_processes(f"{PROGRAMS}:stopped_in_restore", 3, args=args, expect_failure=[1])
+    for rank in (0, 2):
+        assert results[rank]["error"] == "CoordinationError"
+        assert "rocess 1 of 3 did not reach stage" in results[rank]["message"]
+        assert results[rank]["after_s"] < 10
 
 
 def test_saves_need_no_collective(tmp_path: Path):
