@@ -41,6 +41,7 @@ class Work:
     rank: int
     before: Before
     described: Described
+    marks: table.Marks | None
     plan: SavePlan
     pieces: Feed | list[list[Piece]]
     later: Callable[[], None] | None
@@ -64,10 +65,10 @@ def finish(work: Work) -> None:
     """Make a save durable and commit it. When it fails, its space is given back and nothing else has changed."""
     sofar = _Sofar([])
     try:
-        if work.session is None:
-            _publish(work, [_flush(work, sofar)], sofar)
+        if work.session is None or work.marks is None:
+            _publish(work, [_flush(work, sofar)], set(), sofar)
         else:
-            _agree(work, work.session, sofar)
+            _agree(work, work.session, work.marks, sofar)
     except Exception as error:
         _clean_up(work, sofar.opened, error)
         step = work.lineage.get("step")
@@ -78,20 +79,20 @@ def finish(work: Work) -> None:
             work.pieces.close()
 
 
-def _agree(work: Work, session: Session, sofar: _Sofar) -> None:
+def _agree(work: Work, session: Session, marks: table.Marks, sofar: _Sofar) -> None:
     """Write on all processes, commit on process 0 once all have written, end when it has."""
     committing = False
     try:
         session.enter("write")
-        session.arrive("write", table.pack(_flush(work, sofar), table.marks(work.described)))
+        session.arrive("write", table.pack(_flush(work, sofar), marks))
         session.enter("commit")
         if work.rank == 0:
             told = session.collect("write", timeout_s=work.timeout_s)
-            table.check_alike([table.unpack_marks(data) for data in told], work.described)
+            repeated = table.check_alike(told, work.described)
             committing = session.claim()
             if not committing:
                 raise CoordinationError("Another process gave this save up before it was committed.")
-            _publish(work, [table.unpack(data) for data in told], sofar)
+            _publish(work, [table.unpack(data) for data in told], repeated, sofar)
             session.arrive("commit")
         else:
             _wait_for_commit(session, work.timeout_s)
@@ -172,8 +173,8 @@ def _flush(work: Work, sofar: _Sofar) -> Written:
     return written
 
 
-def _publish(work: Work, tables: list[Written], sofar: _Sofar) -> None:
-    """Commit what all processes have written."""
+def _publish(work: Work, tables: list[Written], repeated: set[int], sofar: _Sofar) -> None:
+    """Commit what all processes have written; of the leaves ``repeated``, what process 0 has."""
     sofar.stage = "commit"
     sofar.opened = [name for written in tables for name in written.files]
     shardings: list[dict[str, Any]] = []
@@ -186,7 +187,7 @@ def _publish(work: Work, tables: list[Written], sofar: _Sofar) -> None:
             if place == len(shardings):
                 shardings.append(sharding_record(spec.sharding))
         entries.append(replace(entry, chunk=chunk, sharding=place) if entry.stored else entry)
-    files, chunks = table.join(tables, entries)
+    files, chunks = table.join(tables, entries, repeated)
     commit(
         work.store,
         work.described,

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any, Literal, NamedTuple
 
+from jaxckpt.checkpoint import table
 from jaxckpt.checkpoint.commit import examine
 from jaxckpt.checkpoint.finish import Work, finish
 from jaxckpt.checkpoint.leaves import Compression, Described, describe
@@ -231,6 +232,7 @@ def begin(what: Request, hold: Hold | None) -> Begun:
             if snapshot is not None:
                 described = _as_before(described, snapshot)
             plan = _planned(tuple(described.specs), rank=rank, processes=coordinator.size)
+        marks = None if session is None else table.marks(described)
         lineage = lineage_record(what.step, what.metadata, what.parents, processes=coordinator.size)
         size = int(plan.load_bytes[rank])
         if hold is None:
@@ -251,6 +253,7 @@ def begin(what: Request, hold: Hold | None) -> Begun:
         rank=rank,
         before=before,
         described=described._replace(arrays=[]),  # the pieces hold the bytes from here on
+        marks=marks,
         plan=plan,
         pieces=landing.pieces,
         later=landing.later,

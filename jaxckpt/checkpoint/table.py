@@ -2,11 +2,13 @@
 
 import json
 import zlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from jaxckpt.checkpoint.leaves import Described
+from jaxckpt.core.checksum import crc32c
 from jaxckpt.core.errors import CoordinationError
 from jaxckpt.format.sidecar import ChunkTable, LeafEntry
 from jaxckpt.transfer.write import Written
@@ -14,47 +16,88 @@ from jaxckpt.transfer.write import Written
 _COLUMNS = ("leaf", "chunk", "file", "offset", "length", "crc32c")
 
 
-def marks(described: Described) -> list[int]:
-    """One number per leaf: equal on all processes if they save equal trees."""
+class Marks(NamedTuple):
+    """What tells whether processes save equal trees: checksums, by place in the tree.
+
+    ``forms``: name, kind, dtype, shape and sharding of each leaf. ``own``: of those arrays that lie on devices of this
+    process alone, without the sharding. ``values``: of those that live on the host.
+    """
+
+    forms: list[int]
+    own: dict[int, int]
+    values: dict[int, int]
+
+
+def marks(described: Described) -> Marks:
+    """Those of this process's tree."""
     shardings: dict[object, str] = {}
-    found = []
-    for leaf, index in zip(described.leaves, described.index, strict=True):
+    found = Marks([], {}, {})
+    for place, (leaf, index) in enumerate(zip(described.leaves, described.index, strict=True)):
         entry, sharding = described.entries[index], described.specs[index].sharding
         text = shardings.setdefault(sharding, str(sharding))
-        found.append(zlib.crc32(f"{leaf.path!r} {index} {entry.kind} {entry.dtype} {entry.shape} {text}".encode()))
+        form = zlib.crc32(f"{leaf.path!r} {index} {entry.kind} {entry.dtype} {entry.shape}".encode())
+        found.forms.append(zlib.crc32(text.encode(), form))
+        if sharding is not None and sharding.is_fully_addressable:
+            found.own[place] = form
+        elif not entry.stored:
+            found.values[place] = zlib.crc32(repr(entry.value).encode())
+        elif sharding is None:
+            found.values[place] = crc32c(np.ascontiguousarray(described.arrays[index]).reshape(-1).view(np.uint8))
     return found
 
 
-def check_alike(marks_of_all: Sequence[list[int]], described: Described) -> None:
-    """Raise unless all processes save the tree that process 0 does.
+def check_alike(told: Sequence[bytes], described: Described) -> set[int]:
+    """Raise unless all processes save the tree that process 0 does; ``told``: what they packed.
+
+    Returns:
+        The entries of which every process has an array on its own devices, as ``jnp.ones(3)`` makes it.
 
     Raises:
         CoordinationError: names the process and the first leaf that differs.
     """
-    ours = marks_of_all[0]
-    for rank, theirs in enumerate(marks_of_all):
+    of_all = [_unpack_marks(data) for data in told]
+    ours = of_all[0]
+    repeated = {place for place, form in ours.own.items() if all(one.own.get(place) == form for one in of_all)}
+    for rank, theirs in enumerate(of_all):
         if theirs == ours:
             continue
-        place = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), len(theirs))
-        what = "it has more leaves"
-        if place < len(ours):
-            index = described.index[place]
-            entry, sharding = described.entries[index], described.specs[index].sharding
-            what = (
-                f'"{described.leaves[place].name}" ({entry.kind} {entry.shape} {entry.dtype}, {sharding}) differs there'
-            )
-        raise CoordinationError(
-            f"Process {rank} of {len(marks_of_all)} saves another tree than process 0 ({len(theirs)} and {len(ours)} "
-            f"leaves): {what}. Nothing was committed. All processes must save equal names, shapes, dtypes and "
-            "shardings. An array of this process alone, as jnp.ones(3) makes it, lies on another device in each: make "
-            "it global (jax.make_array_from_process_local_data) or a numpy array, which process 0 saves for all."
-        )
+        pairs = enumerate(zip(ours.forms, theirs.forms, strict=False))
+        least = min(len(ours.forms), len(theirs.forms))
+        place = next((i for i, (a, b) in pairs if a != b and i not in repeated), least)
+        if place < least or len(ours.forms) != len(theirs.forms):
+            raise CoordinationError(_other_tree(rank, place, ours, theirs, described, len(of_all)))
+        for place, value in ours.values.items():
+            if theirs.values.get(place) != value:
+                raise CoordinationError(_other_value(rank, described.leaves[place].name, len(of_all)))
+    return {described.index[place] for place in repeated}
 
 
-def pack(written: Written, marks: Sequence[int] = ()) -> bytes:
+def _other_tree(rank: int, place: int, ours: Marks, theirs: Marks, described: Described, size: int) -> str:
+    what = "it has more leaves"
+    if place < len(ours.forms):
+        index = described.index[place]
+        entry, sharding = described.entries[index], described.specs[index].sharding
+        what = f'"{described.leaves[place].name}" ({entry.kind} {entry.shape} {entry.dtype}, {sharding}) differs there'
+    return (
+        f"Process {rank} of {size} saves another tree than process 0 ({len(theirs.forms)} and {len(ours.forms)} "
+        f"leaves): {what}. Nothing was committed. All processes must save equal names, shapes, dtypes and shardings."
+    )
+
+
+def _other_value(rank: int, name: str, size: int) -> str:
+    return (
+        f'Leaf "{name}" has another value on process {rank} of {size} than on process 0. Nothing was committed. What '
+        "does not lie on devices of several processes must be equal on all, as it is saved once: give what belongs to "
+        "one process a name of its own in the trees of all, or make it one global array "
+        "(jax.make_array_from_process_local_data)."
+    )
+
+
+def pack(written: Written, marks: Marks) -> bytes:
     """A process's table as bytes: a line of JSON, then the columns as little-endian int64."""
     columns = [np.ascontiguousarray(getattr(written, name), "<i8") for name in _COLUMNS]
-    record = {"files": list(written.files), "rows": len(written.leaf), "marks": list(marks)}
+    record = {"files": list(written.files), "rows": len(written.leaf), "marks": marks.forms}
+    record |= {"own": list(marks.own.items()), "values": list(marks.values.items())}
     head = json.dumps(record).encode() + b"\n"
     return head + b"".join(column.tobytes() for column in columns)
 
@@ -67,21 +110,30 @@ def unpack(data: bytes) -> Written:
     return Written(files=tuple(record["files"]), **dict(zip(_COLUMNS, columns, strict=True)))
 
 
-def unpack_marks(data: bytes) -> list[int]:
-    """The marks that were given to ``pack``."""
-    return json.loads(data.partition(b"\n")[0])["marks"]
+def _unpack_marks(data: bytes) -> Marks:
+    record = json.loads(data.partition(b"\n")[0])
+    return Marks(record["marks"], dict(record["own"]), dict(record["values"]))
 
 
-def join(tables: Sequence[Written], entries: Sequence[LeafEntry]) -> tuple[tuple[str, ...], ChunkTable]:
-    """All files and one table in order of (leaf, chunk).
+def join(
+    tables: Sequence[Written], entries: Sequence[LeafEntry], repeated: Collection[int] = ()
+) -> tuple[tuple[str, ...], ChunkTable]:
+    """All files and one table in order of (leaf, chunk). Those of ``repeated`` that process 0 wrote stand for all.
 
     Raises:
         CoordinationError: some chunk was written by no process, or by two: the processes saved different trees.
     """
     files: list[str] = []
     parts = []
-    for table in tables:
+    first_of = _chunks_of(tables[0], repeated)
+    for rank, table in enumerate(tables):
         columns = np.stack([getattr(table, name) for name in _COLUMNS])
+        if rank and repeated:
+            theirs = _chunks_of(table, repeated)
+            if theirs != first_of:
+                different = min(leaf for leaf, *_ in theirs ^ first_of)
+                raise CoordinationError(_other_value(rank, entries[different].name, len(tables)))
+            columns = columns[:, ~np.isin(columns[0], list(repeated))]
         columns[2] += len(files)
         parts.append(columns)
         files += table.files
@@ -105,3 +157,12 @@ def join(tables: Sequence[Written], entries: Sequence[LeafEntry]) -> tuple[tuple
         length=length[order].astype(np.uint64),
         crc32c=crc[order].astype(np.uint32),
     )
+
+
+def _chunks_of(table: Written, leaves: Collection[int]) -> set[tuple[int, int, int, int]]:
+    """(leaf, chunk, length, checksum) of every chunk of these leaves."""
+    if not leaves:
+        return set()
+    chosen = np.isin(table.leaf, list(leaves))
+    columns = (table.leaf, table.chunk, table.length, table.crc32c)
+    return set(zip(*(column[chosen].tolist() for column in columns), strict=True))

@@ -67,10 +67,14 @@ def plan_save(
             chunk = chunk_shape(layout, spec.itemsize, rule=rule, largest=largest)
             grid = tuple([-(-n // c) for n, c in zip(spec.shape, chunk, strict=True)])
             chunks_alone = np.arange(math.prod(grid)) if processes == 1 else _NONE
-            forms[spec] = _Form(layout, chunk, grid, math.prod(chunk) * spec.itemsize, chunks_alone)
+            is_own = spec.sharding is not None and len(np.unique(layout.holders)) == 1
+            forms[spec] = _Form(layout, chunk, grid, math.prod(chunk) * spec.itemsize, chunks_alone, is_own)
     found = [forms[spec] for spec in specs]
 
     loads = np.zeros(processes, np.int64)
+    # An array on devices of one process may be that process's own, with another in its place on each of the others:
+    # it must not move what all agree upon.
+    own_loads = np.zeros(processes, np.int64)
     mine: list[np.ndarray] = [_NONE] * len(specs)
     for i in sorted(range(len(specs)), key=lambda i: (found[i].layout.holders.shape[1] > 1, -found[i].chunk_bytes)):
         if 0 in specs[i].shape:
@@ -80,13 +84,14 @@ def plan_save(
             mine[i] = form.chunks_alone
             loads[0] += len(mine[i]) * form.chunk_bytes
             continue
-        mine[i] = _mine(form.layout, form.chunk, form.grid, form.chunk_bytes, loads, rank)
+        load = own_loads if form.is_own else loads
+        mine[i] = _mine(form.layout, form.chunk, form.grid, form.chunk_bytes, load, rank)
     return SavePlan(
         chunks=tuple([form.chunk for form in found]),
         grids=tuple([form.grid for form in found]),
         chunk_bytes=tuple([form.chunk_bytes for form in found]),
         mine=tuple(mine),
-        load_bytes=loads,
+        load_bytes=loads + own_loads,
     )
 
 
@@ -113,6 +118,7 @@ class _Form(NamedTuple):
     grid: tuple[int, ...]
     chunk_bytes: int
     chunks_alone: np.ndarray  # of the only process
+    is_own: bool  # on devices of one process
 
 
 def _mine(

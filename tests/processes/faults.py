@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxckpt as jc
@@ -30,6 +31,31 @@ def small_tree(seed: str = "") -> dict[str, Any]:
         "sharded": place(f"sharded{seed}", (96, 64), np.float32, mesh_sharding(rows, P("a", "b"))),
         "replicated": place(f"replicated{seed}", (100, 200), np.float32, mesh_sharding(rows, P())),
         "step": 1,
+    }
+
+
+def own_arrays(path: str) -> dict:
+    """Arrays that each process has on devices of its own, equal on all; and one that only process 1 has at all."""
+    mesh = Mesh(np.array(jax.local_devices()), ("x",))
+    tree = small_tree() | {
+        "one": jnp.arange(5.0),
+        "key": jax.random.key(3),
+        "spread": jax.device_put(np.arange(64, dtype=np.float32), NamedSharding(mesh, P("x"))),
+    }
+    device = next(d for d in jax.devices() if d.process_index == 1)
+    shards = [jax.device_put(np.full(4, 7, np.float32), device)] if jax.process_index() == 1 else []
+    only = jax.make_array_from_single_device_arrays(
+        (4,), jax.sharding.SingleDeviceSharding(device), shards, dtype=jnp.float32
+    )
+    jc.save_async(f"{path} async", tree, timeout_s=LIMIT_S).result(timeout_s=LIMIT_S)
+    tree["only"] = only
+    jc.save(path, tree, timeout_s=LIMIT_S)
+    found = jc.restore(path, tree, timeout_s=LIMIT_S)
+    return {
+        name: np.array_equal(jax.random.key_data(found[name]), jax.random.key_data(tree[name]))
+        if name == "key"
+        else np.array_equal(found[name].addressable_data(0), tree[name].addressable_data(0))
+        for name in ("one", "key", "spread", "sharded", "replicated")
     }
 
 
@@ -73,6 +99,8 @@ def many_faults(folder: str) -> dict:
         _another_overwrite,
         _bad_leaf,
         _local_arrays,
+        _host_values,
+        _numbers,
         _damaged_shared,
         _damaged_own,
         _sees_no_files,
@@ -140,7 +168,18 @@ def _bad_leaf(path: str, faulty: bool) -> dict:
 
 
 def _local_arrays(path: str, faulty: bool) -> dict:
-    return told(lambda: jc.save(path, small_tree() | {"local": jnp.ones(3)}, timeout_s=LIMIT_S))
+    tree = small_tree() | {"local": jnp.ones(3) * (2 if faulty else 1)}
+    return told(lambda: jc.save(path, tree, timeout_s=LIMIT_S)) | {"restore": told(lambda: jc.restore(path))["error"]}
+
+
+def _host_values(path: str, faulty: bool) -> dict:
+    tree = small_tree() | {"host": np.arange(3) + faulty}
+    return told(lambda: jc.save(path, tree, timeout_s=LIMIT_S)) | {"restore": told(lambda: jc.restore(path))["error"]}
+
+
+def _numbers(path: str, faulty: bool) -> dict:
+    tree = small_tree() | {"step": 7 + faulty}
+    return told(lambda: jc.save(path, tree, timeout_s=LIMIT_S)) | {"restore": told(lambda: jc.restore(path))["error"]}
 
 
 def _damaged_shared(path: str, faulty: bool) -> dict:

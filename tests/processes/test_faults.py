@@ -91,7 +91,6 @@ def test_a_failed_save_can_be_repeated(told: dict[str, list[dict]], folder: Path
     [
         ("another_tree", "it has more leaves"),
         ("other_names", '"sharded" (array (96, 64) float32'),
-        ("local_arrays", '"local" (array (3,) float32, SingleDeviceSharding'),
     ],
 )
 def test_processes_that_save_different_trees_hear_of_the_leaf(told: dict[str, list[dict]], fault: str, words: str):
@@ -117,6 +116,28 @@ def test_a_call_that_is_wrong_on_one_process_fails_on_all(told: dict[str, list[d
         assert 'Process 1 of 3 failed in stage "capture" of' in heard[rank]["message"]
         assert error in heard[rank]["message"]
         assert heard[rank]["after_s"] < 10
+
+
+@pytest.mark.parametrize(("fault", "name"), [("local_arrays", "local"), ("host_values", "host"), ("numbers", "step")])
+def test_values_that_should_be_equal_and_are_not_are_named_and_not_committed(
+    told: dict[str, list[dict]], fault: str, name: str
+):
+    for heard in told[fault]:
+        assert heard["error"] == "CoordinationError"
+        assert f'Leaf "{name}" has another value on process 1 of 3 than on process 0' in heard["message"]
+    assert [heard["restore"] for heard in told[fault]] == ["NotCommittedError"] * 3
+
+
+def test_arrays_on_devices_of_each_process_are_saved_once(tmp_path: Path):
+    path = tmp_path / "state"
+    for result in run_processes(f"{PROGRAMS}:own_arrays", 3, args={"path": str(path)}):
+        assert result == dict.fromkeys(("one", "key", "spread", "sharded", "replicated"), True)
+    assert_holds(path, "", 1)
+    found = jc.restore(path, jc.on_host)
+    assert found["one"].tolist() == [0, 1, 2, 3, 4]
+    assert found["spread"].tolist() == list(range(64))
+    assert found["only"].tolist() == [7] * 4
+    assert jc.verify(f"{path} async").ok
 
 
 def test_a_checkpoint_that_one_process_would_not_replace_stays(told: dict[str, list[dict]]):
