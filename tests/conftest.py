@@ -7,6 +7,7 @@ import sys
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import settings
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -46,6 +47,9 @@ for name in (
     "JAX_COMPILATION_CACHE_DIR",
 ):
     os.environ.pop(name, None)
+
+settings.register_profile("untimed", deadline=None)  # a loaded machine fails no test
+settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="session")

@@ -26,6 +26,7 @@ USR1 = int(signal.SIGUSR1)
 
 @pytest.fixture(autouse=True)
 def _handlers_are_put_back() -> Iterator[None]:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever started the tests may have it ignored
     before = {one: signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
     yield
     assert {one: signal.getsignal(one) for one in before} == before
