@@ -89,7 +89,7 @@ def average(
         {'w': array([1.75, 1.75], dtype=float32), 'step': 2}
     """
     given = Weights(weights, len(sources) if isinstance(sources, Sequence) else 0)
-    return _average(
+    return average_opened(
         made_together(like, lambda: open_sources(sources, eval_params, options)),
         given,
         like=like,
@@ -140,8 +140,8 @@ def average_to(
     text = str(path)
     if given.many and "{p}" not in text:
         raise InvalidArgumentError(f'{given.models} results cannot all be saved to {text}: put "{{p}}" into the path.')
-    found = _average(opened, given, **how)
-    steps = [_step(source) for source in opened]
+    found = average_opened(opened, given, **how)
+    steps = [step_of(source) for source in opened]
     known = [one for one in steps if one is not None]
     for p, tree in enumerate(found if given.many else [found]):
         single = given.matrix()[p] if not given.per_path else None
@@ -161,9 +161,9 @@ def average_to(
         )
 
 
-def _average(
-    sources: list[Source],
-    weights: Weights,
+def average_opened(
+    sources: Sequence[Source],
+    weights: Any,
     *,
     like: PyTree = None,
     only: Only = None,
@@ -174,6 +174,8 @@ def _average(
     where: Where = "auto",
     finalize: Callable[[PyTree], PyTree] | None = None,
 ) -> Any:
+    """``average`` of sources that ``open_sources`` gave: for those who read them many times."""
+    weights = weights if isinstance(weights, Weights) else Weights(weights, len(sources))
     start = time.perf_counter()
     how = resolve(accumulate)
     if where not in ("auto", "host", "device"):
@@ -318,6 +320,7 @@ def _sum_numbers(sources: Sequence[Source], one: Sum) -> list[Any]:
     return found
 
 
-def _step(source: Source) -> int | None:
+def step_of(source: Source) -> int | None:
+    """The step that a checkpoint of ours was saved with."""
     inner = getattr(source, "source", source)
     return inner.sidecar.step if isinstance(inner, OwnSource) else None

@@ -7,6 +7,9 @@ from typing import Any
 from jaxckpt.averaging.average import average
 from jaxckpt.core.errors import InvalidArgumentError, NotFoundError
 from jaxckpt.format.orbax_metadata import COMMIT_MARKER
+from jaxckpt.format.sidecar import FILE_NAME
+from jaxckpt.manager.steps import ITEM, exists
+from jaxckpt.storage.store import AbstractStore
 from jaxckpt.storage.url import Location, StorageOptions, open_store
 
 _STEP = re.compile(r"(?:.*[^0-9])?([0-9]+)$")
@@ -19,7 +22,7 @@ def lawa(
     averaging; the paper saves once per epoch and finds k around 6 best for ResNet-50 and BERT).
 
     Args:
-        root: the folder of a run; its steps are the folders whose names end in a number.
+        root: the folder of a run: a manager's, or one with a checkpoint in each folder whose name ends in a number.
         k: how many; fewer where the run has fewer.
         step: count from this step backwards; the newest by default.
         options: endpoint, region and credentials of object stores.
@@ -41,10 +44,13 @@ def lawa(
 
 
 def newest(
-    root: Location, k: int, *, step: int | None = None, options: StorageOptions | None = None
+    root: Location, k: int | None, *, step: int | None = None, options: StorageOptions | None = None
 ) -> list[tuple[int, Location]]:
-    """(step, path) of the k newest committed checkpoints under ``root``, oldest first."""
-    if k < 1:
+    """(step, place) of the k newest committed checkpoints under ``root`` (None: of all), oldest first.
+
+    They are those of a manager, of ours or Orbax's, or saved one by one into folders whose names end in a number.
+    """
+    if k is not None and k < 1:
         raise InvalidArgumentError(f"k is {k}; it is at least 1.")
     store = open_store(root, options)
     steps = []
@@ -54,9 +60,12 @@ def newest(
             steps.append((int(found[1]), name))
     chosen: list[tuple[int, Location]] = []
     for number, name in sorted(steps, reverse=True):
-        if len(chosen) < k and store.child(name).exists(COMMIT_MARKER):
+        if len(chosen) == k:
+            break
+        folder = _checkpoint_in(store, name)
+        if folder is not None:
             is_path = isinstance(root, str | os.PathLike)
-            chosen.append((number, f"{os.fspath(root).rstrip('/')}/{name}" if is_path else store.child(name)))
+            chosen.append((number, f"{os.fspath(root).rstrip('/')}/{folder}" if is_path else store.child(folder)))
     if not chosen:
         raise NotFoundError(
             f"{store.url} has no committed step"
@@ -64,3 +73,11 @@ def newest(
             + f"; its folders are {store.folders()[:5]}. Name the folder that holds the steps of a run."
         )
     return chosen[::-1]
+
+
+def _checkpoint_in(store: AbstractStore, folder: str) -> str | None:
+    """Where the checkpoint of a step lies: in its folder, or, if a manager saved it, below; None: it does not exist."""
+    if store.child(folder).exists(COMMIT_MARKER) and not store.exists(f"{folder}/{ITEM}/{FILE_NAME}"):
+        return folder
+    below = f"{folder}/{ITEM}"
+    return below if exists(store, folder) and store.child(below).exists(COMMIT_MARKER) else None

@@ -48,6 +48,7 @@ class Work:
     lineage: dict[str, Any]
     start_ns: int
     timeout_s: float
+    is_waited_for: bool  # by the caller
     attach: Callable[[], None] | None
     seal: Callable[[], None] | None
     undo: Callable[[], None] | None
@@ -138,6 +139,8 @@ def _flush(work: Work, sofar: _Sofar) -> Written:
         sofar.opened.append(f"ocdbt.process_{work.rank}/d/{uuid4().hex}")
         return store.open_data(sofar.opened[-1])
 
+    encoders = [None if e.zstd_level is None else encoder(e.zstd_level) for e in work.described.entries]
+    parallel = store.parallel_io if work.is_waited_for or any(encoders) else store.background_io
     lander = None if work.later is None else Thread(target=work.later, name=f"jaxckpt-land {store.url}")
     if lander is not None:
         lander.start()
@@ -146,8 +149,8 @@ def _flush(work: Work, sofar: _Sofar) -> Written:
             open_file,
             plan,
             work.pieces,
-            encoders=[None if e.zstd_level is None else encoder(e.zstd_level) for e in work.described.entries],
-            threads=store.parallel_io if size > 8 * 1024 * 1024 else 1,
+            encoders=encoders,
+            threads=parallel if size > 8 * 1024 * 1024 else 1,
             file_bytes=store.data_file_bytes,
             tell=_progress(work, size) if is_heard() else None,
         )

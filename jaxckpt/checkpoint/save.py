@@ -260,6 +260,7 @@ def begin(what: Request, hold: Hold | None) -> Begun:
         lineage=lineage,
         start_ns=start_ns,
         timeout_s=what.timeout_s,
+        is_waited_for=hold is None,
         attach=what.attach,
         seal=what.seal,
         undo=what.undo,

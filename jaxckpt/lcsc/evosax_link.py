@@ -51,8 +51,11 @@ class Evosax:
     def tell(
         self, key: jax.Array, state: PyTree, population: jax.Array, fitness: jax.Array, slopes: Any, generation: int
     ) -> PyTree:
-        """The state after their fitness [P]."""
+        """The state after their fitness [P]; what is not finite counts as the worst that is."""
         del slopes
+        is_finite = jnp.isfinite(fitness)
+        worst = jnp.max(jnp.where(is_finite, fitness, -jnp.inf))
+        fitness = jnp.where(is_finite, fitness, jnp.where(jnp.isfinite(worst), worst, 0.0))
         if self.has_mean:
             return self.algorithm.tell(key, population, fitness, state, self.params)[0]
         if generation == 0:
@@ -78,7 +81,7 @@ def make_evosax(name: str, has_mean: bool, population: int, size: int, options: 
 
     with _lenient():
         algorithm = algorithms[name](population_size=population, solution=jnp.zeros(size))
-        params: Any = algorithm.default_params
+        params: Any = jax.jit(lambda: algorithm.default_params)()  # op by op it would be a hundred small programs
     known = sorted(params.__dataclass_fields__)
     if wrong := [key for key, _ in options if key not in known]:
         raise InvalidArgumentError(f"evosax' {name} has no parameters {wrong}; it has {known}.")

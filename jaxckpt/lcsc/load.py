@@ -1,28 +1,35 @@
-"""Where the checkpoints of a search are: stacked on devices if they fit, else streamed for each chunk."""
+"""Where the checkpoints of a search are: stacked on devices if they fit, else in host memory, else on storage."""
 
-import math
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import lru_cache, partial
+from pathlib import Path
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxckpt.averaging.average import average
+from jaxckpt.averaging.average import average_opened
+from jaxckpt.checkpoint.source import Source
 from jaxckpt.core.errors import InvalidArgumentError
-from jaxckpt.lcsc.evaluate import Called, Evaluator, Resident, Streamed, chunk_of
+from jaxckpt.lcsc.evaluate import Assembled, Evaluator, Hosted, Resident, Streamed, chunk_of, on_device
+from jaxckpt.lcsc.merge import Lora, is_stacked, make_form, summed
 from jaxckpt.lcsc.space import Space
 
 PyTree = Any
-Placement = Literal["auto", "device", "stream"]
-_SHARE = 0.5  # of free device memory that the stack may take
+Placement = Literal["auto", "device", "host", "stream"]
+_SHARE = 0.5  # of free memory that the stack may take
 
 
 def make_evaluator(
-    sources: Sequence[Any],
+    sources: Sequence[Source],
     space: Space,
     *,
     how: dict[str, Any],
+    lora: Lora | None,
     placement: Placement,
     is_jitted: bool,
     population: int,
@@ -31,41 +38,186 @@ def make_evaluator(
     axis: str,
 ) -> Evaluator:
     """What evaluates populations, by the place that the checkpoints have."""
-    if placement not in ("auto", "device", "stream"):
-        raise InvalidArgumentError(f'placement is {placement!r}; it is "auto", "device" or "stream".')
+    if placement not in ("auto", "device", "host", "stream"):
+        raise InvalidArgumentError(f'placement is {placement!r}; it is "auto", "device", "host" or "stream".')
     if mesh is not None and axis not in mesh.axis_names:
         raise InvalidArgumentError(f"axis is {axis!r}; the mesh has {mesh.axis_names}.")
-    first = average(sources[:1], [1.0], **how)
-    space.group_of(first)
-    model_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(jax.tree.map(jnp.asarray, first)))
-    chunk = chunk_of(population, model_bytes, memory_bytes, 1 if mesh is None else mesh.shape[axis])
-    if placement == "stream" or (placement == "auto" and not _fits(model_bytes * space.count, first)):
-        return Streamed(sources=sources, space=space, chunk=chunk, how=how, is_jitted=is_jitted)
-    stacked = stack([first, *(average([one], [1.0], **how) for one in sources[1:])])
+    read = partial(_read, sources, how)
+    last = read(len(sources) - 1)  # what is not combined is the last one's
+    form = make_form(last, space, lora)
+    spreads = mesh is not None
+    mesh = mesh if mesh is not None else _mesh_of(last)
+    on_mesh = None if mesh is None else _auto(mesh)
+    leaves = [_placed(leaf, on_mesh, spreads) for leaf in jax.tree.leaves(last) if is_stacked(leaf)]
+    if on_mesh is not None:
+        specs = tuple(leaf.sharding.spec for leaf in leaves if isinstance(leaf.sharding, NamedSharding))
+        form = replace(form, mesh=on_mesh, axis=axis if spreads else None, specs=specs)
+    multiple = mesh.shape[axis] if spreads and mesh is not None else 1
+    chunk = chunk_of(population, _largest_bytes(leaves), memory_bytes, multiple)
+
+    where = _choose(leaves, space.count) if placement == "auto" else placement
+    if where == "stream":
+        if form.pairs:
+            raise InvalidArgumentError(
+                'Products of LoRA factors need placement="device" or "host"; the factors alone (only=...) are small.'
+            )
+        return Streamed(make=_streamed(sources, space, how), chunk=chunk, is_jitted=is_jitted)
+    place = partial(_placed, mesh=on_mesh, spreads=spreads)
+    if where == "host":
+        models = [
+            [_to_host(place(leaf)) for leaf in jax.tree.leaves(read(k)) if is_stacked(leaf)]
+            for k in range(space.count - 1)
+        ]
+        models.append([_to_host(leaf) for leaf in leaves])
+        hosted = Hosted(models=models, shardings=[leaf.sharding for leaf in leaves], form=form)
+        return Assembled(make=hosted, form=form, chunk=chunk, is_jitted=is_jitted, placement="host")
+    stacked = stack(
+        lambda k: [place(leaf) for leaf in jax.tree.leaves(read(k)) if is_stacked(leaf)], leaves, space.count
+    )
     if not is_jitted:
-        return Called(stacked=stacked, space=space)
-    return Resident(stacked=stacked, space=space, chunk=chunk, mesh=mesh, axis=axis)
+        return Assembled(make=on_device(stacked, form), form=form, chunk=chunk, is_jitted=False, placement="device")
+    return Resident(stacked=stacked, form=form, width=population, chunk=chunk)
 
 
-def stack(trees: Sequence[PyTree]) -> PyTree:
-    """Leaves [K, ...], sharded on their trailing axes as the trees' are; every device holds its part of all K."""
+def with_products(params: PyTree, evaluate: Evaluator, coefficients: np.ndarray) -> PyTree:
+    """Merged parameters with the products of LoRA factors in place of their separate sums; products in float32."""
+    if not isinstance(evaluate, Resident | Assembled) or not evaluate.form.pairs:
+        return params
+    make = on_device(evaluate.stacked, evaluate.form) if isinstance(evaluate, Resident) else evaluate.make
+    made = make(np.asarray(coefficients, np.float32)[None])
+    leaves, structure = jax.tree.flatten(params)
+    places = [i for i, leaf in enumerate(leaves) if is_stacked(leaf)]
+    for pair in evaluate.form.pairs:
+        for one in (pair.left, pair.right):
+            old, new = leaves[places[one]], made[one][0].astype(leaves[places[one]].dtype)
+            leaves[places[one]] = jax.device_put(new, old.sharding) if isinstance(old, jax.Array) else np.asarray(new)
+    return structure.unflatten(leaves)
 
-    def one(*leaves: Any) -> jax.Array:
-        sharding = getattr(leaves[0], "sharding", None)
-        if isinstance(sharding, NamedSharding):
-            wanted = NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec))
-            return jax.jit(lambda *parts: jnp.stack(parts), out_shardings=wanted)(*leaves)
-        return jnp.stack([jnp.asarray(leaf) for leaf in leaves])
 
-    return jax.tree.map(one, *trees)
+def stack(read: Callable[[int], Sequence[Any]], last: Sequence[Any], count: int) -> list[jax.Array]:
+    """Leaves [K, ...], sharded on their trailing axes as the checkpoints are; every device holds its part of all K.
+
+    Filled one checkpoint after another: in memory are the stack and one model. Leaves that are not summed are those of
+    the last checkpoint, [1, ...].
+    """
+    stacked = [_filler(leaf, count)(leaf) if summed(leaf) else leaf[None] for leaf in last]
+    for k in range(count - 1):
+        for i, leaf in enumerate(read(k)):
+            if summed(leaf):
+                stacked[i] = _put(stacked[i], leaf, k)
+    return stacked
 
 
-def _fits(stack_bytes: int, first: PyTree) -> bool:
-    """Whether the stack leaves memory to evaluate in; true where the backend does not tell."""
-    placed = [leaf for leaf in jax.tree.leaves(first) if isinstance(leaf, jax.Array)]
-    devices = {one for leaf in placed for one in leaf.sharding.addressable_devices} or set(jax.local_devices()[:1])
-    free = 0.0
-    for device in devices:
-        stats = device.memory_stats()
-        free += math.inf if not stats or "bytes_limit" not in stats else stats["bytes_limit"] - stats["bytes_in_use"]
-    return stack_bytes <= _SHARE * free
+def _filler(leaf: jax.Array, count: int) -> Callable[[jax.Array], jax.Array]:
+    """Makes room for ``count`` of a leaf, and fills the last place."""
+    sharding = leaf.sharding
+    if isinstance(sharding, NamedSharding):
+        sharding = NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec))
+    return _room(count, sharding)
+
+
+@lru_cache(maxsize=256)
+def _room(count: int, sharding: Any) -> Callable[[jax.Array], jax.Array]:
+    def make(leaf: jax.Array) -> jax.Array:
+        return jnp.zeros((count, *leaf.shape), leaf.dtype).at[count - 1].set(leaf)
+
+    return jax.jit(make, out_shardings=sharding)
+
+
+@partial(jax.jit, donate_argnums=0)
+def _put(stacked: jax.Array, leaf: jax.Array, k: Any) -> jax.Array:
+    return jax.lax.dynamic_update_index_in_dim(stacked, leaf, k, 0)
+
+
+def _read(sources: Sequence[Source], how: dict[str, Any], k: int) -> PyTree:
+    return average_opened(sources[k : k + 1], [1.0], **how)
+
+
+def _streamed(sources: Sequence[Source], space: Space, how: dict[str, Any]) -> Callable[[np.ndarray], list[PyTree]]:
+    def make(coefficients: np.ndarray) -> list[PyTree]:
+        weights = {group: coefficients[:, i] for i, group in enumerate(space.groups)}
+        return average_opened(sources, weights, **how)
+
+    return make
+
+
+def _placed(leaf: Any, mesh: Mesh | None, spreads: bool) -> jax.Array:
+    """On the mesh, with the layout that it has there already, or else whole on every device of it.
+
+    Axes are of type Auto, so that XLA partitions the objective as it finds best.
+    """
+    array = leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf, jnp.float32 if type(leaf) is float else None)
+    if mesh is None:
+        return array
+    sharding = array.sharding
+    if isinstance(sharding, NamedSharding):
+        there = sharding.mesh
+        if (
+            isinstance(there, Mesh)
+            and there.axis_names == mesh.axis_names
+            and np.array_equal(there.devices, mesh.devices)
+        ):
+            return jax.device_put(array, NamedSharding(mesh, sharding.spec))
+        if not spreads:
+            raise InvalidArgumentError("The parameters lie on several meshes; give `like` shardings on one.")
+    return jax.device_put(array, NamedSharding(mesh, PartitionSpec()))
+
+
+def _mesh_of(tree: PyTree) -> Mesh | None:
+    """The mesh that the parameters lie on, if they do."""
+    for leaf in jax.tree.leaves(tree):
+        if isinstance(leaf, jax.Array) and isinstance(leaf.sharding, NamedSharding):
+            mesh = leaf.sharding.mesh
+            return mesh if isinstance(mesh, Mesh) else None
+    return None
+
+
+def _auto(mesh: Mesh) -> Mesh:
+    return Mesh(mesh.devices, mesh.axis_names)
+
+
+def _to_host(leaf: jax.Array) -> Any:
+    """In pinned host memory, every device's part apart; where devices have no memory of their own, as it is."""
+    if next(iter(leaf.sharding.device_set)).platform == "cpu":
+        return leaf
+    return jax.device_put(leaf, leaf.sharding.with_memory_kind("pinned_host"))
+
+
+def _largest_bytes(leaves: Sequence[jax.Array]) -> int:
+    """Of a model, on one device."""
+    return sum(int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize for leaf in leaves)
+
+
+def _choose(leaves: Sequence[jax.Array], count: int) -> Placement:
+    """Device memory if half of what is free holds the stack, else half of the host's, else storage."""
+    devices = {one for leaf in leaves for one in leaf.sharding.addressable_devices}
+    on_one = count * _largest_bytes(leaves)
+    on_host = on_one * len(devices)
+    fits_host = on_host <= _SHARE * host_free_bytes()
+    if all(device.platform == "cpu" for device in devices):
+        return "device" if fits_host else "stream"
+    free = [_free_bytes(device) for device in devices]
+    if on_one <= _SHARE * min(free):
+        return "device"
+    return "host" if fits_host else "stream"
+
+
+def _free_bytes(device: jax.Device) -> float:
+    """What is free on a device; without end where the backend does not tell."""
+    stats = device.memory_stats()
+    return float("inf") if not stats or "bytes_limit" not in stats else stats["bytes_limit"] - stats["bytes_in_use"]
+
+
+def host_free_bytes() -> int:
+    """Memory of this machine that can be had without swapping; half of all where the system does not tell."""
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        return _half()
+    return _half()
+
+
+def _half() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2

@@ -1,13 +1,17 @@
-"""What a search found and how: a table, JSON, and plots."""
+"""What a search found and how: a table, JSON, plots, and a checkpoint that says where it comes from."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from jaxckpt.checkpoint.lineage import Lineage
+from jaxckpt.checkpoint.save import save
 from jaxckpt.core.errors import InvalidArgumentError
 from jaxckpt.lcsc.selection import Row
+from jaxckpt.storage.url import Location, StorageOptions
 
 PyTree = Any
 
@@ -26,6 +30,9 @@ class Report:
         seconds: of this process; ``objective_seconds`` of them were spent in evaluation.
         settings: strategy, its options, space, noise, seed, and what the caller recorded: metric, sampler, NFE.
         concerns: what was warned of.
+        profiles: noisy score of each EMA profile that was measured first, by decay.
+        steps: training steps of the checkpoints, where they are known.
+        placement: where the checkpoints were while they were searched over.
     """
 
     rows: tuple[Row, ...]
@@ -38,6 +45,9 @@ class Report:
     objective_seconds: float
     settings: dict[str, Any]
     concerns: tuple[str, ...]
+    profiles: dict[float, float]
+    steps: tuple[int | None, ...]
+    placement: str
 
     def row(self, name: str) -> Row:
         """The row of this name."""
@@ -56,14 +66,24 @@ class Report:
             + ("  <- chosen" if one.name == self.chosen else "")
             for one in sorted(self.rows, key=lambda row: row.score)
         ]
-        lines.append(f"{self.evaluations} evaluations in {self.seconds:.1f} s; {self.settings}")
+        lines.append(
+            f"{self.evaluations} evaluations in {self.seconds:.1f} s ({self.objective_seconds:.1f} s of them in the "
+            f"objective's programs), checkpoints on: {self.placement}"
+        )
+        told = {name: value for name, value in self.settings.items() if value is not None and name not in _LONG}
+        lines.append("; ".join(f"{name}: {value}" for name, value in told.items()))
         return "\n".join([*lines, *self.concerns])
 
     def to_json(self) -> dict[str, Any]:
-        """JSON values, as for the metadata of the merged checkpoint."""
+        """JSON values, as for the metadata of the merged checkpoint; what is not finite is None."""
         return {
             "chosen": self.chosen,
             "evaluations": self.evaluations,
+            "seconds": self.seconds,
+            "objective_seconds": self.objective_seconds,
+            "placement": self.placement,
+            "steps": list(self.steps),
+            "profiles": {f"{decay:g}": _plain(score) for decay, score in self.profiles.items()},
             "groups": list(self.groups),
             "settings": self.settings,
             "concerns": list(self.concerns),
@@ -71,16 +91,29 @@ class Report:
                 {
                     "name": one.name,
                     "coefficients": one.coefficients.tolist(),
-                    "score": one.score,
-                    "guard": one.guard,
-                    "held_out": one.held_out,
+                    "score": _plain(one.score),
+                    "guard": _plain(one.guard),
+                    "held_out": _plain(one.held_out),
                     "negative_mass": one.negative_mass,
                     "l1": one.l1,
                     "largest": one.largest,
                 }
                 for one in self.rows
             ],
+            "search": {
+                "best": [_plain(np.nanmin(row)) if np.isfinite(row).any() else None for row in self.fitness],
+                "mean": [_plain(np.mean(row)) for row in self.fitness],
+                "path": [[[_plain(a) for a in group] for group in one] for one in self.path],
+            },
         }
+
+    def save(self, folder: str | Path, *, steps: Any = None) -> None:
+        """Write ``report.md`` (the table, and the plot in it), ``search.png`` and ``report.json`` into a folder."""
+        where = Path(folder)
+        where.mkdir(parents=True, exist_ok=True)
+        self.plot(where / "search.png", steps=steps)
+        (where / "report.json").write_text(json.dumps(self.to_json(), indent=1) + "\n")
+        (where / "report.md").write_text(f"# Search for coefficients\n\n```\n{self}\n```\n\n![search](search.png)\n")
 
     def plot(self, path: str | Path, *, steps: Any = None) -> None:
         """Save a PNG: fitness by evaluation, and the coefficients over the training steps (or their numbers)."""
@@ -91,6 +124,8 @@ class Report:
             raise InvalidArgumentError('A plot needs matplotlib: pip install "jaxckpt[search]".') from error
         figure = Figure(figsize=(10, 4), layout="constrained")
         left, right = figure.subplots(1, 2)
+        if steps is None and None not in self.steps and len(set(self.steps)) == len(self.steps):
+            steps = self.steps
         at = (np.arange(len(self.fitness)) + 1) * self.fitness.shape[1]
         left.plot(at, self.fitness.mean(1), label="mean of the generation")
         left.plot(at, self.fitness.min(1), label="best of the generation (noisy)")
@@ -110,11 +145,59 @@ class Report:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
-    """``coefficients`` float64 [K], or [G, K] with several groups; ``params``: the merged tree, as ``like``."""
+    """``coefficients`` float64 [K], or [G, K] with several groups; ``params``: the merged tree, as ``like``.
+
+    ``sources``: (place, step) of each checkpoint.
+    """
 
     coefficients: np.ndarray
     params: PyTree
     report: Report
+    sources: tuple[tuple[str, int | None], ...] = ()
+
+    def save(
+        self, path: Location, *, step: int | None = None, overwrite: bool = False, options: StorageOptions | None = None
+    ) -> None:
+        """Save the merged parameters as an ordinary checkpoint, with the report in its metadata.
+
+        Its lineage names the checkpoints, their coefficients, strategy and metric; with several groups the
+        coefficients are in the metadata alone.
+
+        Args:
+            path: as of ``jaxckpt.save``.
+            step: of the new checkpoint; that of the last source by default.
+            overwrite: replace a checkpoint that is there.
+            options: endpoint, region and credentials of object stores.
+        """
+        one = self.coefficients.ndim == 1
+        parents = [
+            Lineage(path=place, step=at, weight=float(self.coefficients[k]) if one else None, method="lcsc")
+            for k, (place, at) in enumerate(self.sources)
+        ]
+        chosen = self.report.row(self.report.chosen)
+        averaging = {
+            "method": "lcsc",
+            "weights": self.coefficients.tolist()
+            if one
+            else dict(zip(self.report.groups, self.coefficients.tolist(), strict=True)),
+            "metric": {**self.report.settings.get("record", {}), "value": _plain(chosen.score)},
+        }
+        save(
+            path,
+            self.params,
+            step=step if step is not None else (self.sources[-1][1] if self.sources else None),
+            overwrite=overwrite,
+            metadata={"averaging": averaging, "lcsc": self.report.to_json()},
+            parents=parents,
+            options=options,
+        )
+
+
+_LONG = ("sources",)  # settings that are no use in a table
+
+
+def _plain(value: Any) -> float | None:
+    return None if value is None or not np.isfinite(value) else float(value)
 
 
 def _number(value: float | None) -> str:

@@ -2,35 +2,25 @@
 
 import math
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxckpt.core.errors import InvalidArgumentError
 from jaxckpt.lcsc.evaluate import Objective
+from jaxckpt.lcsc.progress import Advance, Watch
 from jaxckpt.lcsc.selection import Penalty
 from jaxckpt.lcsc.space import Space
-from jaxckpt.lcsc.state import State, settled
+from jaxckpt.lcsc.state import State
 from jaxckpt.lcsc.strategies import Strategy
 
+PyTree = Any
+
 GRADIENT_COST = 3  # evaluations that one value and gradient counts as
-_START, _ASK, _NOISE, _TELL, FINAL, _PROFILES = range(6)  # what a key is for
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Advance:
-    """A generation ended: ``best`` and ``mean`` of its noisy fitness, ``evaluations`` so far, of ``budget``."""
-
-    generation: int
-    evaluations: int
-    budget: int
-    best: float
-    mean: float
-    seconds: float
+_STARTING, _ASKING, _NOISE, _TELLING, FINAL, _PROFILES = range(6)  # what a key is for
 
 
 @dataclass(slots=True)
@@ -61,12 +51,7 @@ class Run:
     @property
     def generations(self) -> int:
         """How many the budget has room for."""
-        left = self.budget - len(self.first)
-        if left < self.cost:
-            raise InvalidArgumentError(
-                f"budget is {self.budget}: {len(self.first)} profiles and one generation of {self.cost} do not fit."
-            )
-        return left // self.cost
+        return (self.budget - len(self.first)) // self.cost
 
     def empty(self) -> State:
         """Nothing searched yet; also what a restored state is shaped like."""
@@ -74,9 +59,10 @@ class Run:
         return State(
             generation=0,
             centre=np.full((groups, count), 1 / count),
-            strategy=settled(self.strategy.start(self.use(_START), jnp.zeros((self.width, self.space.size)))),
+            strategy=_start(self.strategy, self.key, np.zeros((self.width, self.space.size), np.float32)),
             best=np.zeros((self.kept, self.space.size), np.float32),
             best_fitness=np.full(self.kept, np.inf),
+            profiles=np.full(len(self.first), np.nan),
             fitness=np.full((self.generations, self.width), np.nan),
             path=np.full((self.generations, groups, count), np.nan),
         )
@@ -84,69 +70,79 @@ class Run:
     def begin(self, state: State) -> State:
         """The best profile becomes the centre; the first population is the profiles, then points around the centre."""
         scores = self.measured(self.objective, self.first, self.use(_PROFILES)[None]) + self.penalty(self.first)
+        if not np.isfinite(scores).any():
+            raise InvalidArgumentError(
+                f"The objective is not finite for any of the {len(scores)} EMA profiles it was tried on first: "
+                f"{scores.tolist()}. Try it on one checkpoint: objective(params, jax.random.key(0))."
+            )
         order = np.argsort(np.where(np.isnan(scores), np.inf, scores), kind="stable")
         centre = self.first[order[0]]
-        around = np.array(jax.random.normal(self.use(_START, 1), (self.width, self.space.size)))
+        around = np.array(jax.random.normal(self.use(_STARTING, 1), (self.width, self.space.size)))
         known = self.space.vector(self.first[order][: self.width], centre)
         around[: len(known)] = known
-        return replace(
-            state, centre=centre, strategy=settled(self.strategy.start(self.use(_START), jnp.asarray(around)))
-        )
+        return replace(state, centre=centre, profiles=scores, strategy=_start(self.strategy, self.key, around))
 
-    def advance(self, state: State, progress: Callable[[Advance], None] | None, began: float) -> State:
+    def advance(self, state: State, progress: Watch | None, began: float) -> State:
         """One generation: ask, measure on shared noise, tell."""
         now = state.generation
-        population, inner = self.strategy.ask(self.use(_ASK, now), state.strategy, now)
+        later = min(now, 1)
+        population, inner = _ask(self.strategy, later, self.key, now, state.strategy)
+        candidates = np.asarray(population)
+        points = self.space.coefficients(candidates, state.centre)
         keys = self.use(_NOISE, 0 if self.is_fixed else now)[None]
         slopes = None
-        points = self.space.coefficients(np.asarray(population), state.centre)
         if self.strategy.uses_gradient:
             started = time.perf_counter()
-            scores, slopes = self.evaluate.slopes(self.objective, population, state.centre, keys, self.penalty)
+            scores, slopes = self.evaluate.slopes(
+                self.objective, self.space, population, state.centre, keys, self.penalty
+            )
             fitness = np.asarray(scores, np.float64)
             self.clock.seconds += time.perf_counter() - started
         else:
             fitness = self.measured(self.objective, points, keys) + self.penalty(points)
-        told = jnp.asarray(fitness, jnp.float32)
-        inner = self.strategy.tell(self.use(_TELL, now), inner, population, told, slopes, now)
+        told = fitness.astype(np.float32)
+        inner = jax.device_get(_tell(self.strategy, later, self.key, now, inner, candidates, told, slopes))
 
-        ranked = np.where(np.isnan(fitness), np.inf, fitness)
+        ranked = np.where(np.isfinite(fitness), fitness, np.inf)
         scores = np.concatenate([state.best_fitness, ranked])
         order = np.argsort(scores, kind="stable")[: self.kept]
-        mean = self.strategy.mean(inner)
-        shown = points[ranked.argmin()] if mean is None else self.space.coefficients(np.asarray(mean), state.centre)
+        mean = self.mean(inner)
+        shown = points[ranked.argmin()] if mean is None else self.space.coefficients(mean, state.centre)
         history, path = state.fitness.copy(), state.path.copy()
         history[now], path[now] = fitness, shown
         if progress is not None:
-            done = len(self.first) + (now + 1) * self.cost
-            seconds = time.perf_counter() - began
-            best, average_of = float(ranked.min()), float(fitness.mean())
+            finite = fitness[np.isfinite(fitness)]
             progress(
                 Advance(
                     generation=now + 1,
-                    evaluations=done,
+                    evaluations=len(self.first) + (now + 1) * self.cost,
                     budget=self.budget,
-                    best=best,
-                    mean=average_of,
-                    seconds=seconds,
+                    best=float(ranked.min()),
+                    mean=float(finite.mean()) if len(finite) else math.nan,
+                    seconds=time.perf_counter() - began,
                 )
             )
         return replace(
             state,
             generation=now + 1,
-            strategy=settled(inner),
-            best=np.concatenate([state.best, np.asarray(population)])[order],
+            strategy=inner,
+            best=np.concatenate([state.best, candidates])[order],
             best_fitness=scores[order],
             fitness=history,
             path=path,
         )
 
+    def mean(self, inner: PyTree) -> np.ndarray | None:
+        """The point that the strategy searches around."""
+        found = _mean(self.strategy, inner)
+        return None if found is None else np.asarray(found)
+
     def finalists(self, state: State, count: int) -> dict[str, np.ndarray]:
         """The best profile, the search mean, and ``count`` of the best seen."""
         found = {"profile": state.centre}
-        mean = self.strategy.mean(state.strategy)
-        if mean is not None and np.isfinite(np.asarray(mean)).all():
-            found["mean"] = self.space.coefficients(np.asarray(mean), state.centre)
+        mean = self.mean(state.strategy)
+        if mean is not None and np.isfinite(mean).all():
+            found["mean"] = self.space.coefficients(mean, state.centre)
         for i in range(count):
             if math.isfinite(state.best_fitness[i]):
                 found[f"seen {i + 1}"] = self.space.coefficients(state.best[i], state.centre)
@@ -161,4 +157,37 @@ class Run:
 
     def use(self, purpose: int, number: int = 0) -> jax.Array:
         """The key of this purpose and generation."""
-        return jax.random.fold_in(jax.random.fold_in(self.key, purpose), number)
+        return _use(self.key, purpose, number)
+
+
+@jax.jit
+def _use(key: jax.Array, purpose: Any, number: Any) -> jax.Array:
+    return jax.random.fold_in(jax.random.fold_in(key, purpose), number)
+
+
+# Each step of a strategy is one program: op by op, small ones take longer to start than to run. Results go to the host
+# and come back, as from a saved state: the interrupted and the uninterrupted search go on from the same.
+def _start(strategy: Strategy, key: jax.Array, first: np.ndarray) -> PyTree:
+    return jax.device_get(_started(strategy, key, first))
+
+
+@partial(jax.jit, static_argnums=0)
+def _started(strategy: Strategy, key: jax.Array, first: Any) -> PyTree:
+    return strategy.start(_use(key, _STARTING, 0), first)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _ask(strategy: Strategy, later: int, key: jax.Array, now: Any, state: PyTree) -> tuple[jax.Array, PyTree]:
+    return strategy.ask(_use(key, _ASKING, now), state, later)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _tell(
+    strategy: Strategy, later: int, key: jax.Array, now: Any, state: PyTree, population: Any, fitness: Any, slopes: Any
+) -> PyTree:
+    return strategy.tell(_use(key, _TELLING, now), state, population, fitness, slopes, later)
+
+
+@partial(jax.jit, static_argnums=0)
+def _mean(strategy: Strategy, state: PyTree) -> jax.Array | None:
+    return strategy.mean(state)

@@ -3,32 +3,40 @@
 Liu et al., "Linear Combination of Saved Checkpoints Makes Consistency and Diffusion Models Better", arXiv 2404.02241.
 """
 
+import json
+import operator
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxckpt.averaging.average import average
+from jaxckpt.averaging.average import average_opened, step_of
+from jaxckpt.averaging.reading import made_together
+from jaxckpt.averaging.sources import EvalParams, open_sources
+from jaxckpt.checkpoint.match import Only
 from jaxckpt.core.errors import InvalidArgumentError
+from jaxckpt.lcsc.checkpoints import located, origin
 from jaxckpt.lcsc.evaluate import MEMORY_BYTES, Objective, Resident
-from jaxckpt.lcsc.load import Placement, make_evaluator
+from jaxckpt.lcsc.load import Placement, make_evaluator, with_products
+from jaxckpt.lcsc.merge import Lora
+from jaxckpt.lcsc.progress import Line, Watch, watcher
 from jaxckpt.lcsc.report import Report, Result
-from jaxckpt.lcsc.run import FINAL, GRADIENT_COST, Advance, Clock, Run
+from jaxckpt.lcsc.run import FINAL, GRADIENT_COST, Clock, Run
 from jaxckpt.lcsc.selection import Penalty, concerns, select
 from jaxckpt.lcsc.space import Kind, Space, profiles
-from jaxckpt.lcsc.state import read, write
+from jaxckpt.lcsc.state import Saver, State, read
 from jaxckpt.lcsc.strategies import make_strategy
-from jaxckpt.storage.url import StorageOptions
+from jaxckpt.storage.url import Location, StorageOptions
 
 PyTree = Any
 DECAYS = (0.0, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98)  # of the EMA profiles over stored checkpoints
 
 
 def search(
-    checkpoints: Sequence[Any],
+    checkpoints: Sequence[Any] | Location,
     objective: Objective,
     *,
     like: PyTree = None,
@@ -51,14 +59,16 @@ def search(
     guard: Objective | None = None,
     held_out: Objective | None = None,
     jit: bool = True,
+    lora: Lora | None = None,
     placement: Placement = "auto",
     memory_bytes: int = MEMORY_BYTES,
     mesh: jax.sharding.Mesh | None = None,
     axis: str = "data",
     state: str | None = None,
-    progress: Callable[[Advance], None] | None = None,
+    progress: Watch | bool | None = None,
     record: Mapping[str, Any] | None = None,
-    eval_params: Any = None,
+    only: Only = None,
+    eval_params: EvalParams = None,
     storage: StorageOptions | None = None,
 ) -> Result:
     """Search for the coefficients; the search mean or a finalist is returned, whichever scores best on fresh noise.
@@ -67,7 +77,7 @@ def search(
     first: the best is where the search begins, and what is returned if nothing beats it.
 
     Args:
-        checkpoints: K paths or trees, oldest first, as of ``average``.
+        checkpoints: K paths or trees, oldest first, as of ``average``; or the folder of a run, for all its steps.
         objective: ``(params, key) -> scalar``, smaller is better; all randomness from ``key``.
         like: the parameters, as of ``average``: a tree with shapes, dtypes and shardings.
         strategy: a name of ``lcsc.names()``.
@@ -88,15 +98,23 @@ def search(
         validation: what finalists are scored with; the objective by default.
         guard: another metric, reported only; a warning tells when it got worse.
         held_out: the metric on data that chose nothing, reported only.
-        jit: False for objectives in plain Python, called with one candidate after another.
-        placement: of the checkpoints: ``"device"``, ``"stream"`` (read from their place for each chunk of candidates)
-            or ``"auto"``: on the device if they fit.
-        memory_bytes: for the merged models that are evaluated at a time.
-        mesh: candidates are spread over its ``axis``; weights stay sharded over the others, as in ``like``.
+        jit: False for objectives in plain Python, called with one candidate after another; so are ``validation``,
+            ``guard`` and ``held_out``.
+        lora: how low-rank factors are combined (``lcsc.Lora``); None: each by itself, as any leaf.
+        placement: of the checkpoints: ``"device"``, ``"host"`` (in host memory, brought to the devices for each chunk
+            of candidates), ``"stream"`` (read from their place for each chunk) or ``"auto"``: the first of them that
+            half of the free memory holds.
+        memory_bytes: of each device, for the merged models that are evaluated at a time; what the objective itself
+            needs for them comes on top.
+        mesh: candidates are spread over its ``axis``; weights stay sharded over the others, as in ``like``. Inside the
+            objective its axes are of type Auto.
         axis: see mesh.
-        state: a folder or URL in which every generation is saved; a search that finds its own state there goes on.
-        progress: called after each generation.
+        state: a folder or URL in which every generation is saved, in the background; a search that finds its own state
+            there goes on, and with a larger budget for longer.
+        progress: called after each generation with an ``Advance``; True shows a line, False none, None one where
+            standard error is a terminal.
         record: JSON values for the report: metric, sampler, number of function evaluations.
+        only: these leaves alone are the parameters, as of ``average``.
         eval_params: as of ``average``.
         storage: endpoint, region and credentials of object stores.
 
@@ -104,7 +122,7 @@ def search(
         Coefficients, the merged parameters (summed in float64, rounded once), and the report.
 
     Raises:
-        InvalidArgumentError: an argument is wrong in itself; lists the strategies there are.
+        InvalidArgumentError: an argument is wrong in itself; the objective gives no number, or none that is finite.
         MismatchError: the checkpoints differ, a leaf is in no group, or ``state`` is of another search.
 
     Example:
@@ -114,19 +132,28 @@ def search(
         (True, 1.0)
     """
     began = time.perf_counter()
-    shape = Space(kind=space, count=len(checkpoints), groups=tuple(groups), scale=scale, bounds=bounds)
-    if noise not in ("fresh", "fixed") or finalists < 0 or draws < 1 or not decays:
+    if noise not in ("fresh", "fixed") or finalists < 0 or draws < 1 or not len(decays):
         raise InvalidArgumentError(
             f'noise is {noise!r} ("fresh" or "fixed"), finalists {finalists} (>= 0), draws {draws} (>= 1), '
             f"decays {list(decays)} (one at least)."
         )
-    how = {"like": like, "eval_params": eval_params, "options": storage}
-    root = jax.random.key(key) if isinstance(key, int) else key
+    places = located(checkpoints, storage)
+    shape = Space(kind=space, count=len(places), groups=tuple(groups), scale=scale, bounds=bounds)
+    root = jax.random.key(operator.index(key)) if not isinstance(key, jax.Array) or not key.ndim else _typed(key)
     searcher = make_strategy(strategy, population=population, size=shape.size, options=options or {})
+    first = _limited(profiles(shape.count, decays), shape)
+    cost = GRADIENT_COST if searcher.uses_gradient else population
+    if budget < len(first) + cost:
+        raise InvalidArgumentError(
+            f"budget is {budget}: {len(first)} profiles (decays) and one generation of {cost} do not fit."
+        )
+    sources = made_together(like, lambda: open_sources(places, eval_params, storage))
+    how = {"like": like, "only": only}
     evaluate = make_evaluator(
-        checkpoints,
+        sources,
         shape,
         how=how,
+        lora=lora,
         placement=placement,
         is_jitted=jit,
         population=1 if searcher.uses_gradient else population,
@@ -136,7 +163,8 @@ def search(
     )
     if searcher.uses_gradient and not isinstance(evaluate, Resident):
         raise InvalidArgumentError(
-            'strategy "gradient" needs jit=True and placement="device"; learned_soup streams gradients from storage.'
+            f'strategy "gradient" needs jit=True and placement="device", and has jit={jit} and placement='
+            f'"{evaluate.placement}"; averaging.learned_soup streams gradients from storage.'
         )
     run = Run(
         space=shape,
@@ -146,10 +174,10 @@ def search(
         penalty=Penalty(l1_penalty, negative_penalty),
         key=root,
         width=1 if searcher.uses_gradient else population,
-        cost=GRADIENT_COST if searcher.uses_gradient else population,
+        cost=cost,
         is_fixed=noise == "fixed",
         kept=max(finalists, 1),
-        first=_limited(profiles(len(checkpoints), decays), shape),
+        first=first,
         budget=budget,
         clock=Clock(),
     )
@@ -160,24 +188,21 @@ def search(
         "groups": list(groups),
         "scale": shape.step,
         "bounds": None if bounds is None else list(bounds),
+        "lora": None if lora is None else [lora.space, list(lora.pairs), lora.rank],
         "l1_penalty": l1_penalty,
         "negative_penalty": negative_penalty,
-        "checkpoints": len(checkpoints),
+        "checkpoints": shape.count,
         "budget": budget,
         "population": population,
-        "key": np.asarray(jax.random.key_data(_typed(root))).tolist(),
+        "seed": key if isinstance(key, int) else None,
+        "key": np.asarray(jax.random.key_data(root)).tolist(),
         "noise": noise,
         "decays": list(decays),
         "finalists": finalists,
+        "sources": [origin(source) for source in sources],
         "record": dict(record or {}),
     }
-    now = run.empty()
-    found = None if state is None else read(state, now, settings, storage)
-    now = run.begin(now) if found is None else found
-    while now.generation < run.generations:
-        now = run.advance(now, progress, began)
-        if state is not None:
-            write(state, now, settings, storage)
+    now = _searched(run, watcher(progress), began, state, _as_json(settings), storage)
 
     def measure(what: Objective | None) -> Any:
         return None if what is None else lambda points, keys: run.measured(what, points, keys)
@@ -198,7 +223,8 @@ def search(
         penalty=run.penalty,
     )
     warned = concerns(chosen, next(row for row in rows if row.name == "profile"))
-    params = average(checkpoints, dict(zip(groups, chosen.coefficients, strict=True)), **how)
+    params = average_opened(sources, dict(zip(groups, chosen.coefficients, strict=True)), **how)
+    params = with_products(params, evaluate, chosen.coefficients)
     report = Report(
         rows=tuple(rows),
         chosen=chosen.name,
@@ -210,9 +236,39 @@ def search(
         objective_seconds=run.clock.seconds,
         settings=settings,
         concerns=tuple(warned),
+        profiles={float(decay): float(score) for decay, score in zip(decays, now.profiles, strict=True)},
+        steps=tuple(step_of(source) for source in sources),
+        placement=evaluate.placement,
     )
     coefficients = chosen.coefficients if len(groups) > 1 else chosen.coefficients[0]
-    return Result(coefficients=coefficients, params=params, report=report)
+    found = tuple((source.url, step_of(source)) for source in sources)
+    return Result(coefficients=coefficients, params=params, report=report, sources=found)
+
+
+def _searched(
+    run: Run, watch: Watch | None, began: float, path: str | None, settings: dict[str, Any], storage: Any
+) -> State:
+    """The state after the last generation; each is on storage before the next but one begins."""
+    now = run.empty()
+    saved = None if path is None else read(path, now, settings, storage)
+    saver = None if path is None else Saver(path, settings, storage)
+    try:
+        if saved is None:
+            now = run.begin(now)
+            if saver is not None:
+                saver.save(now)
+        else:
+            now = saved
+        while now.generation < run.generations:
+            now = run.advance(now, watch, began)
+            if saver is not None:
+                saver.save(now)
+    finally:
+        if isinstance(watch, Line):
+            watch.close()
+        if saver is not None:
+            saver.wait()
+    return now
 
 
 def _limited(points: np.ndarray, space: Space) -> np.ndarray:
@@ -224,6 +280,14 @@ def _limited(points: np.ndarray, space: Space) -> np.ndarray:
 
 def _typed(key: jax.Array) -> jax.Array:
     return key if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else jax.random.wrap_key_data(key)
+
+
+def _as_json(settings: dict[str, Any]) -> dict[str, Any]:
+    """As they come back from storage."""
+    try:
+        return json.loads(json.dumps(settings))
+    except TypeError as error:
+        raise InvalidArgumentError(f"record and options are JSON values: {error}.") from error
 
 
 def _plain(value: Any) -> Any:

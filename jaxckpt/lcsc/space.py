@@ -11,7 +11,6 @@ import numpy as np
 
 from jaxckpt.averaging.ema import ema_weights
 from jaxckpt.core.errors import InvalidArgumentError, MismatchError
-from jaxckpt.core.tree import flatten, path_name
 
 Kind = Literal["sum_to_one", "simplex", "free"]
 REFERENCE_SCALE, REFERENCE_COUNT = 0.03, 40  # a step of 0.03 for 40 checkpoints; coefficients are of the order 1/K
@@ -99,12 +98,15 @@ class Space:
             y = wanted - centre
         return (y / self.step).reshape(*wanted.shape[:-2], self.size).astype(np.float32)
 
-    def group_of(self, tree: Any) -> tuple[int, ...]:
-        """The group of each leaf, in the order of ``jax.tree.leaves``."""
-        names = [path_name(leaf.path) for leaf in flatten(tree)[0]]
+    def group_of(self, names: Sequence[str]) -> tuple[int, ...]:
+        """The group of each leaf."""
         found = [next((i for i, glob in enumerate(self.groups) if _matches(name, glob)), -1) for name in names]
         if lost := [name for name, group in zip(names, found, strict=True) if group < 0]:
             raise MismatchError(f'No group of {list(self.groups)} matches {lost[:5]}; end the groups with "*".')
+        if unused := [glob for i, glob in enumerate(self.groups) if i not in found]:
+            raise MismatchError(
+                f"Groups {unused} match no leaf, or none that an earlier group left: {list(names)[:8]}."
+            )
         return tuple(found)
 
 

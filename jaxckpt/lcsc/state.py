@@ -1,17 +1,19 @@
 """The state of a search, saved each generation as a checkpoint of ours: a kill costs one generation at most."""
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxckpt.checkpoint.inspect import inspect
-from jaxckpt.checkpoint.restore import restore
-from jaxckpt.checkpoint.save import save
+from jaxckpt.checkpoint.restore import on_host, restore
+from jaxckpt.checkpoint.save import save_async
 from jaxckpt.core.errors import MismatchError, NotFoundError
 from jaxckpt.storage.url import StorageOptions
+
+if TYPE_CHECKING:
+    from jaxckpt.checkpoint.pending import PendingSave
 
 PyTree = Any
 
@@ -20,8 +22,9 @@ PyTree = Any
 class State:
     """All that the next generation depends on, and what the report shows.
 
-    ``centre`` float64 [G, K]; ``best`` float32 [m, size] and ``best_fitness`` float64 [m], lowest first; ``fitness``
-    float64 [T, P] and ``path`` float64 [T, G, K], NaN where not yet; ``strategy`` is the strategy's own tree of arrays.
+    ``centre`` float64 [G, K]; ``best`` float32 [m, size] and ``best_fitness`` float64 [m], lowest first; ``profiles``
+    float64 [n]; ``fitness`` float64 [T, P] and ``path`` float64 [T, G, K], NaN where not yet; ``strategy`` is the
+    strategy's own tree of arrays.
     """
 
     generation: int
@@ -29,41 +32,49 @@ class State:
     strategy: PyTree
     best: np.ndarray
     best_fitness: np.ndarray
+    profiles: np.ndarray
     fitness: np.ndarray
     path: np.ndarray
 
 
-def settled(tree: PyTree) -> PyTree:
-    """Arrays exactly as a restore gives them: the interrupted and the uninterrupted search go on from the same."""
-    return jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)), tree)
+_SAVED = ("centre", "best", "best_fitness", "profiles", "fitness", "path")
 
 
-def write(path: str, state: State, settings: dict[str, Any], options: StorageOptions | None) -> None:
-    """Save into one of two places in turn: the other is whole, whatever happens to this one."""
-    structure = jax.tree.leaves(state.strategy)
-    save(
-        f"{path}/{state.generation % 2}",
-        {
-            "generation": state.generation,
-            "centre": state.centre,
-            "strategy": [np.asarray(leaf) for leaf in structure],
-            "best": state.best,
-            "best_fitness": state.best_fitness,
-            "fitness": state.fitness,
-            "path": state.path,
-        },
-        overwrite=True,
-        step=state.generation,
-        metadata={"search": settings},
-        options=options,
-    )
+class Saver:
+    """Saves states in the background, in two places in turn: one is whole, whatever happens to the other.
+
+    While one is saved the next generation runs, and no more than that.
+    """
+
+    def __init__(self, path: str, settings: dict[str, Any], options: StorageOptions | None) -> None:
+        self._path, self._settings, self._options = path, settings, options
+        self._saving: PendingSave | None = None
+
+    def save(self, state: State) -> None:
+        """Begin to save, once the state before is on storage; raises what went wrong with that."""
+        self.wait()
+        leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(state.strategy)]
+        self._saving = save_async(
+            f"{self._path}/{state.generation % 2}",
+            {"generation": state.generation, "strategy": leaves, **{name: getattr(state, name) for name in _SAVED}},
+            overwrite=True,
+            step=state.generation,
+            metadata={"search": self._settings},
+            options=self._options,
+        )
+
+    def wait(self) -> None:
+        """Until the newest is on storage; raises what went wrong."""
+        if self._saving is not None:
+            saving, self._saving = self._saving, None
+            saving.result()
 
 
 def read(path: str, like: State, settings: dict[str, Any], options: StorageOptions | None) -> State | None:
-    """The newest state saved, or None.
+    """The newest state saved, or None. ``budget`` may differ: the search goes on for longer.
 
     Raises:
-        MismatchError: it is of another search; names the settings that differ.
+        MismatchError: it is of another search; names the settings that differ, or it is past the budget.
     """
     found: dict[int, str] = {}
     for place in (f"{path}/0", f"{path}/1"):
@@ -72,20 +83,42 @@ def read(path: str, like: State, settings: dict[str, Any], options: StorageOptio
         except NotFoundError:  # NotCommittedError too: the save was killed
             continue
         saved = info.metadata.get("search", {})
-        if wrong := [name for name in {**saved, **settings} if saved.get(name) != settings.get(name)]:
+        names = [name for name in {**saved, **settings} if name != "budget"]
+        if wrong := [_difference(name, saved.get(name), settings.get(name)) for name in names]:
+            wrong = [one for one in wrong if one]
+        if wrong:
             raise MismatchError(
-                f"{place} is the state of another search: "
-                + "; ".join(f"{n} was {saved.get(n)!r} and is {settings.get(n)!r}" for n in wrong)
-                + ". Give the same arguments, or another path."
+                f"{place} is the state of another search: {'; '.join(wrong)}. Give the same arguments to go on with it "
+                "(budget may be larger), or another path."
             )
         found[info.step or 0] = place
     if not found:
         return None
-    tree = restore(found[max(found)], options=options)
+    newest = max(found)
+    if newest > len(like.fitness):
+        raise MismatchError(
+            f"{found[newest]} has {newest} generations, and the budget of {settings['budget']} has room for "
+            f"{len(like.fitness)}. Give as large a budget, or another path."
+        )
+    tree = restore(found[newest], on_host, options=options)
     leaves, structure = jax.tree.flatten(like.strategy)
+    history, past = like.fitness.copy(), like.path.copy()
+    history[:newest], past[:newest] = tree["fitness"][:newest], tree["path"][:newest]
     return replace(
         like,
-        **{name: tree[name] for name in ("centre", "best", "best_fitness", "fitness", "path")},
+        **{name: tree[name] for name in ("centre", "best", "best_fitness", "profiles")},
+        fitness=history,
+        path=past,
         generation=int(tree["generation"]),
-        strategy=structure.unflatten([jnp.asarray(leaf) for leaf in tree["strategy"][: len(leaves)]]),
+        strategy=structure.unflatten(tree["strategy"][: len(leaves)]),
     )
+
+
+def _difference(name: str, saved: Any, given: Any) -> str:
+    """How a setting differs; of lists as long as each other the first place that does."""
+    if saved == given:
+        return ""
+    if isinstance(saved, list) and isinstance(given, list) and len(saved) == len(given) > 1:
+        place = next(i for i, (a, b) in enumerate(zip(saved, given, strict=True)) if a != b)
+        return f"{name}[{place}] was {saved[place]!r} and is {given[place]!r}"
+    return f"{name} was {saved!r} and is {given!r}"

@@ -29,7 +29,10 @@ BUILT_IN = ("evolution", "random", "gradient")
 
 
 class Strategy(Protocol):
-    """State in, state out; all minimise. ``population`` is float32 [P, size]."""
+    """State in, state out; all minimise. ``population`` is float32 [P, size]. Hashable, and its methods traceable.
+
+    ``generation`` is 0 in the first generation and 1 in all others.
+    """
 
     @property
     def uses_gradient(self) -> bool:

@@ -37,6 +37,11 @@ class LocalStore(AbstractStore):
         self._lock = threading.Lock()
         self._syncing = threading.Lock()
 
+    @property
+    def background_io(self) -> int:
+        # Two threads in the page cache of two cores hinder each other: twice the CPU time of one, for the same bytes.
+        return max(1, self.parallel_io // 2)
+
     @cached_property
     def _files(self) -> "OpenFiles":
         return OpenFiles()

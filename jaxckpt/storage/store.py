@@ -40,6 +40,11 @@ class AbstractStore(abc.ABC):
     data_file_bytes: int | None  # size at which a writer should start another data object; None: one is fine
     parallel_io: int  # useful number of concurrent reads and writes
 
+    @property
+    def background_io(self) -> int:
+        """Concurrent writes that are quick enough where nobody waits for them, and leave the processor to others."""
+        return self.parallel_io
+
     @abc.abstractmethod
     def read(self, name: str, *, start: int = 0, stop: int | None = None) -> bytes:
         """The bytes of an object, or a range. NotFoundError; CorruptionError when the object ends before ``stop``."""

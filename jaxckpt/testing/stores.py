@@ -32,6 +32,10 @@ class _WrappedStore(AbstractStore):
         self.url, self.data_file_bytes, self.parallel_io = store.url, store.data_file_bytes, store.parallel_io
         self.store, self._prefix = store, prefix
 
+    @property
+    def background_io(self) -> int:
+        return self.store.background_io
+
     @abc.abstractmethod
     def _call(self, operation: str, name: str, size_bytes: int, action: Callable[[], _T]) -> _T:
         """Do ``action``; ``size_bytes`` is what it moves, 0 for reads whose size nobody knows before."""
