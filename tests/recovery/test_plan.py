@@ -12,7 +12,13 @@ from jaxckpt.core.errors import InvalidArgumentError
 from jaxckpt.recovery.layout import StageLayout
 from jaxckpt.recovery.plan import Available, CostModel, RecoveryPolicy, plan_recovery
 from jaxckpt.recovery.record import RecoveryLog, ValidationGuard
-from jaxckpt.recovery.simulate import clock_hours, rate_per_iteration, rollback_iterations, stage_failures
+from jaxckpt.recovery.simulate import (
+    clock_hours,
+    rate_per_iteration,
+    rollback_iterations,
+    stage_failures,
+    with_rollback,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -100,13 +106,32 @@ def test_failures_are_the_same_for_every_method() -> None:
     assert set(few) <= set(stage_failures(seed=1, rate=0.004, stages=6, iterations=2000))
 
 
+@pytest.mark.parametrize("counted", ["progress", "run"])
 @pytest.mark.parametrize("rate", [0.0009, 0.002, 0.004])
-def test_rollback_costs_what_arithmetic_says(rate: float) -> None:
+def test_rollback_costs_what_arithmetic_says(rate: float, counted: str) -> None:
     chance = 1 - (1 - rate) ** 6
     for every in (10, 100):
         want = ((1 - chance) ** -every - 1) / chance / every
-        runs = [rollback_iterations(progress=10_000, every=every, rate=rate, stages=6, seed=s) for s in range(5)]
+        if counted == "run":
+            want = chance * every / (1 - chance) / (1 - (1 - chance) ** every)
+        runs = [
+            rollback_iterations(progress=10_000, every=every, rate=rate, stages=6, seed=s, counted=counted)
+            for s in range(5)
+        ]
         assert sum(runs) / 50_000 == pytest.approx(want, rel=0.08)
+
+
+@pytest.mark.parametrize("counted", ["progress", "run"])
+@pytest.mark.parametrize("seed", range(5))
+def test_rollback_is_what_a_loop_over_iterations_finds(seed: int, counted: str) -> None:
+    struck = [f.iteration for f in stage_failures(seed=seed, rate=0.02, stages=6, iterations=5000)]
+    run = done = saved = 0
+    while done < 200:
+        if run % 10 == 0 and counted == "run" or done % 10 == 0 and counted == "progress":
+            saved = done
+        done = saved if run in struck else done + 1
+        run += 1
+    assert with_rollback(struck, progress=200, every=10, counted=counted) == run
 
 
 def test_the_clock_adds_recoveries() -> None:
