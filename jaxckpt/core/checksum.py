@@ -15,11 +15,11 @@ import numpy as np
 UNLOCKED_BYTES = 32 * 1024  # below this the call costs more than it frees
 
 
-def crc32c(data: np.ndarray) -> int:
-    """The crc32c of a contiguous uint8 array."""
+def crc32c(data: np.ndarray, before: int = 0) -> int:
+    """The crc32c of a contiguous uint8 array, or of what had ``before`` as its crc32c followed by the array."""
     if _extend is None or data.nbytes < UNLOCKED_BYTES:
-        return google_crc32c.extend(0, data)
-    return _extend(0, data.ctypes.data, data.nbytes)
+        return google_crc32c.extend(before, data)
+    return _extend(before, data.ctypes.data, data.nbytes)
 
 
 def _load() -> Callable[[int, int, int], int] | None:

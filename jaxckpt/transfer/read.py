@@ -19,6 +19,7 @@ from jaxckpt.transfer.arena import ARENA
 from jaxckpt.transfer.upload import Target
 
 DIRECT_BYTES = 256 * 1024
+BLOCK_BYTES = 1024 * 1024  # read and checked in turn where reads are cheap: what was just read is in the cache
 # A gap is read along rather than starting another read if it is no larger than this ...
 GAP_BYTES = 4096
 PADDING_BYTES = 64  # ... and than this, or, where reads are cheap, than a 50th of what the read has so far
@@ -83,7 +84,7 @@ def read_chunks(
                 run = next(runs, None)
             if run is None:
                 return
-            size = _read_run(reader, run, leaves, sink)
+            size = _read_run(reader, run, leaves, BLOCK_BYTES if cheap_reads else run_bytes, sink)
             total[worker] += size
             if tell is not None:
                 tell(size)
@@ -97,9 +98,9 @@ def read_chunks(
     return sum(total)
 
 
-def check(chunk: ChunkRead, name: str, data: np.ndarray) -> None:
-    """Raise unless these bytes (without the stored checksum) are the ones that were saved."""
-    found = crc32c(data)
+def check(chunk: ChunkRead, name: str, data: np.ndarray, found: int | None = None) -> None:
+    """Raise unless these bytes (without the stored checksum) are the ones that were saved; ``found``: their crc32c."""
+    found = crc32c(data) if found is None else found
     if found != chunk.crc32c:
         raise CorruptionError(
             f'Leaf "{name}", chunk {chunk.index}: the bytes at '
@@ -131,12 +132,13 @@ def _read_run(
     reader: Reader,
     run: list[ChunkRead],
     leaves: dict[int, LeafRead],
+    block_bytes: int,
     sink: Callable[[ChunkRead, np.ndarray], None] | None,
 ) -> int:
     first, last = run[0], run[-1]
     if sink is None and len(run) == 1 and (direct := _direct_target(first, leaves[first.leaf])) is not None:
-        _fetch(reader, first, leaves[first.leaf].name, direct)
-        check(first, leaves[first.leaf].name, direct)
+        found = _fetch_blocks(reader, first, leaves[first.leaf].name, direct, block_bytes)
+        check(first, leaves[first.leaf].name, direct, found)
         _scatter(leaves[first.leaf], first.index, direct.view(leaves[first.leaf].dtype), skip_first=True)
         return len(direct)
     size = last.offset + last.length - first.offset
@@ -162,11 +164,21 @@ def deliver(leaf: LeafRead, index: int, data: np.ndarray) -> None:
     _scatter(leaf, index, data.view(leaf.dtype))
 
 
-def _fetch(reader: Reader, chunk: ChunkRead, name: str, out: np.ndarray) -> None:
+def _fetch(reader: Reader, chunk: ChunkRead, name: str, out: np.ndarray, skip: int = 0) -> None:
     try:
-        reader.read_into(chunk.file, chunk.offset, out)
+        reader.read_into(chunk.file, chunk.offset + skip, out)
     except (NotFoundError, CorruptionError) as error:
         raise CorruptionError(f'Leaf "{name}", chunk {chunk.index}: {error}') from error
+
+
+def _fetch_blocks(reader: Reader, chunk: ChunkRead, name: str, out: np.ndarray, block_bytes: int) -> int:
+    """Read a chunk; returns its crc32c, taken of each block while it is in the cache."""
+    crc = 0
+    for start in range(0, len(out), block_bytes):
+        block = out[start : start + block_bytes]
+        _fetch(reader, chunk, name, block, start)
+        crc = crc32c(block, crc)
+    return crc
 
 
 def _direct_target(chunk: ChunkRead, leaf: LeafRead) -> np.ndarray | None:
