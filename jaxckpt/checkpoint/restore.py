@@ -91,7 +91,8 @@ def restore(
     values, read_bytes = fetch(source, found.wants, timeout_s=timeout_s)
     result = found.assemble(values)
     seconds = time.perf_counter() - start
-    emit(Restored(path=source.url, process=jax.process_index(), read_bytes=read_bytes, seconds=seconds))
+    step = source.sidecar.step if isinstance(source, OwnSource) else None
+    emit(Restored(path=source.url, process=jax.process_index(), step=step, read_bytes=read_bytes, seconds=seconds))
     return result
 
 

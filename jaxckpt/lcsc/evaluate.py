@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxckpt.core.errors import InvalidArgumentError
-from jaxckpt.lcsc.merge import Form, merge
+from jaxckpt.lcsc.merge import Form, is_stacked, merge
 from jaxckpt.lcsc.space import Space
 
 PyTree = Any
@@ -112,11 +112,13 @@ class Streamed:
 
     Attributes:
         make: coefficients [P, G, K] -> P trees.
+        form: of a candidate.
         chunk: candidates in memory at a time.
         is_jitted: whether objectives are traced; else they are called with each candidate.
     """
 
     make: Callable[[np.ndarray], Sequence[PyTree]]
+    form: Form
     chunk: int
     is_jitted: bool
     placement: str = "stream"
@@ -128,7 +130,8 @@ class Streamed:
         for first in range(0, len(wanted), self.chunk):
             for params in self.make(wanted[first : first + self.chunk]):
                 if self.is_jitted:
-                    scores = [float(_one(objective, params, key)) for key in keys]
+                    leaves = [leaf for leaf in jax.tree.leaves(params) if is_stacked(leaf)]
+                    scores = [float(_one(objective, self.form, leaves, key)) for key in keys]
                 else:
                     scores = [called(objective, params, key) for key in keys]
                 found.append(float(np.mean(scores)))
@@ -320,9 +323,9 @@ def _measured(program: Program, leaves: Sequence[jax.Array], data: Any) -> jax.A
     return program.everywhere(program.measure(leaves, data))
 
 
-@partial(jax.jit, static_argnums=0)
-def _one(objective: Objective, params: PyTree, key: jax.Array) -> jax.Array:
-    return _scalar(objective(params, key))
+@partial(jax.jit, static_argnums=(0, 1))
+def _one(objective: Objective, form: Form, leaves: Sequence[Any], key: jax.Array) -> jax.Array:
+    return _scalar(objective(form.tree(leaves), key))
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))

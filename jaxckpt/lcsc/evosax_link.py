@@ -81,7 +81,7 @@ def make_evosax(name: str, has_mean: bool, population: int, size: int, options: 
 
     with _lenient():
         algorithm = algorithms[name](population_size=population, solution=jnp.zeros(size))
-        params: Any = jax.jit(lambda: algorithm.default_params)()  # op by op it would be a hundred small programs
+        params: Any = _default_params(algorithm)
     known = sorted(params.__dataclass_fields__)
     if wrong := [key for key, _ in options if key not in known]:
         raise InvalidArgumentError(f"evosax' {name} has no parameters {wrong}; it has {known}.")
@@ -89,3 +89,11 @@ def make_evosax(name: str, has_mean: bool, population: int, size: int, options: 
     if "std_init" in known:
         given.setdefault("std_init", 1.0)
     return Evosax(algorithm, params.replace(**given), has_mean)
+
+
+def _default_params(algorithm: Any) -> Any:
+    """As one program, where an algorithm allows it: op by op it would be a hundred."""
+    try:
+        return jax.jit(lambda: algorithm.default_params)()
+    except jax.errors.ConcretizationTypeError:
+        return algorithm.default_params

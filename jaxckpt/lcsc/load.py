@@ -61,7 +61,7 @@ def make_evaluator(
             raise InvalidArgumentError(
                 'Products of LoRA factors need placement="device" or "host"; the factors alone (only=...) are small.'
             )
-        return Streamed(make=_streamed(sources, space, how), chunk=chunk, is_jitted=is_jitted)
+        return Streamed(make=_streamed(sources, space, how), form=form, chunk=chunk, is_jitted=is_jitted)
     place = partial(_placed, mesh=on_mesh, spreads=spreads)
     if where == "host":
         models = [

@@ -195,9 +195,10 @@ class Gradient:
         del key, fitness, generation
         slope = jnp.where(jnp.isfinite(slopes[0]).all(), slopes[0], 0.0)
         count = state["count"] + 1
+        power = count.astype(jnp.float32)
         first = self.decay[0] * state["first"] + (1 - self.decay[0]) * slope
         second = self.decay[1] * state["second"] + (1 - self.decay[1]) * slope**2
-        change = first / (1 - self.decay[0] ** count) / (jnp.sqrt(second / (1 - self.decay[1] ** count)) + 1e-8)
+        change = first / (1 - self.decay[0] ** power) / (jnp.sqrt(second / (1 - self.decay[1] ** power)) + 1e-8)
         y = population[0] - self.learning_rate * change
         if self.radius is not None:
             limit = self.radius * np.sqrt(y.size)

@@ -108,6 +108,7 @@ def test_progress_adds_up_to_what_is_written_and_read(tmp_path: Path) -> None:
     read = [event for event in seen if isinstance(event, Progress)]
     (restored,) = [event for event in seen if isinstance(event, Restored)]
     assert sum(event.moved_bytes for event in read) == restored.read_bytes
+    assert restored.step == 3
 
 
 def test_totals_of_stages(tmp_path: Path) -> None:
