@@ -230,6 +230,23 @@ def average_opened(
     return trees if weights.many else trees[0]
 
 
+def check_opened(sources: Sequence[Source], *, like: PyTree = None, only: Only = None) -> None:
+    """Raise the MismatchError of ``average_opened`` where sources do not fit together, or not into ``like``."""
+    made_together(
+        like,
+        lambda: make_plan(
+            sources,
+            Weights(None, len(sources)),
+            like,
+            is_tree=is_tree(like),
+            only=only,
+            missing="error",
+            policy=None,
+            dtype=None,
+        ),
+    )
+
+
 def _on_devices(one: Sum, where: Where) -> bool:
     if is_shared(one.want) or where == "device":
         return True

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxckpt.averaging.average import average_opened, step_of
+from jaxckpt.averaging.average import average_opened, check_opened, step_of
 from jaxckpt.averaging.reading import made_together
 from jaxckpt.averaging.sources import EvalParams, open_sources
 from jaxckpt.checkpoint.match import Only
@@ -148,6 +148,7 @@ def search(
             f"budget is {budget}: {len(first)} profiles (decays) and one generation of {cost} do not fit."
         )
     sources = made_together(like, lambda: open_sources(places, eval_params, storage))
+    check_opened(sources, like=like, only=only)  # whether they fit together
     how = {"like": like, "only": only}
     evaluate = make_evaluator(
         sources,

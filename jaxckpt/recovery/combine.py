@@ -42,16 +42,40 @@ def weighted_average(left: jax.Array, right: jax.Array, a: Double, b: Double) ->
         wide_a, wide_b = (x[0].astype(dtype) + x[1].astype(dtype) for x in (a, b))
         return (wide_a * left + wide_b * right) / (wide_a + wide_b)
     wide_left, wide_right = left.astype(jnp.float32), right.astype(jnp.float32)
-    top = _add(_scaled(wide_left, a), _scaled(wide_right, b))
-    bottom = _add(a, b)
-    first = top[0] / bottom[0]
-    rest = _add(top, _negative(_scaled(first, bottom)))
-    average = (first + rest[0] / bottom[0]).astype(dtype)
-    # Select: 0 x inf is NaN, and huge values overflow in the middle.
+    # From the heavier one: what the other's share is rounded by is then small beside both terms.
+    swap = b[0] > a[0]
+    near, far = jnp.where(swap, wide_right, wide_left), jnp.where(swap, wide_left, wide_right)
+    share = _share(*(tuple(jnp.where(swap, x, y) for x, y in zip(*p, strict=True)) for p in ((b, a), (a, b))))
+    average = _between(near, far, share).astype(dtype)
+    # Select: 0 x inf is NaN.
     average = jnp.where(b[0] == 0, left, jnp.where(a[0] == 0, right, average))
     same = (a[0] == b[0]) & (a[1] == b[1])
     half = jnp.asarray(0.5, jnp.float32)
     return jnp.where(same, (wide_left * half + wide_right * half).astype(dtype), average)
+
+
+def _share(a: Double, b: Double) -> Double:
+    """b / (a + b), to 46 bits."""
+    total = _add(a, b)
+    first = b[0] / total[0]
+    rest = _add(b, _negative(_scaled(first, total)))
+    return _two_sum(first, rest[0] / total[0])
+
+
+def _between(near: jax.Array, far: jax.Array, share: Double) -> jax.Array:
+    """near + share (far - near). Few operations: a program has them once for every leaf, and compiles them."""
+    # Far from where differences overflow and small products vanish; powers of two round nothing.
+    size = jnp.maximum(jnp.abs(near), jnp.abs(far))
+    large, tiny, one = (jnp.asarray(x, jnp.float32) for x in (2.0**-16, 2.0**60, 1.0))
+    scale = jnp.where(size > 2.0**100, large, jnp.where(size < 2.0**-60, tiny, one))
+    near, far = near * scale, far * scale
+    apart, low = _two_sum(far, -near)
+    (x_high, x_low), (y_high, y_low) = _split(apart), _split(share[0])
+    total, first = _two_sum(near, x_high * y_high)
+    total, second = _two_sum(total, x_high * y_low)
+    total, third = _two_sum(total, x_low * y_high)
+    rest = x_low * y_low + low * share[0] + apart * share[1]
+    return (total + (first + second + third + rest)) / scale
 
 
 def _two_sum(x: jax.Array, y: jax.Array) -> Double:

@@ -116,7 +116,7 @@ def test_l1_penalty_shrinks_negative_mass() -> None:
 def test_python_objectives_and_streamed_checkpoints_agree_with_the_jitted_program(tmp_path: Path) -> None:
     for i, tree in enumerate(TREES):
         save(tmp_path / str(i), tree)
-    how = {"budget": 7 + 3 * 4, "population": 4}
+    how: dict[str, Any] = {"budget": 7 + 3 * 4, "population": 4}
     jitted = search(TREES, loss, **how)
     python = search(TREES, lambda p, key: float(loss(p, key)), jit=False, **how)
     stored = [str(tmp_path / str(i)) for i in range(K)]
