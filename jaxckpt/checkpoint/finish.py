@@ -50,7 +50,7 @@ class Work:
     timeout_s: float
     is_waited_for: bool  # by the caller
     attach: Callable[[], None] | None
-    seal: Callable[[], None] | None
+    seal: Callable[[], str] | None  # returns where the checkpoint is now
     undo: Callable[[], None] | None
 
 
@@ -203,11 +203,10 @@ def _publish(work: Work, tables: list[Written], repeated: set[int], sofar: _Sofa
         now_ns=time.time_ns(),
         lineage=work.lineage,
     )
-    if work.seal is not None:
-        work.seal()
+    url = work.store.url if work.seal is None else work.seal()
     emit(
         Committed(
-            path=work.store.url,
+            path=url,
             step=work.lineage.get("step"),
             size_bytes=int(np.sum(chunks.length, dtype=np.int64)),
             seconds=(time.time_ns() - work.start_ns) / 1e9,

@@ -153,8 +153,8 @@ class Request:
     """What to save, where to, and what else belongs to it.
 
     ``attach`` is called on every process, in the background part, before it reports that it has written; ``seal`` on
-    process 0 after the commit, before the others are told. What they raise fails the save. ``undo`` is called there
-    when the save has failed, and removes all of it.
+    process 0 after the commit, before the others are told, and returns where the checkpoint is then. What they raise
+    fails the save. ``undo`` is called there when the save has failed, and removes all of it.
     """
 
     path: Location
@@ -167,7 +167,7 @@ class Request:
     options: StorageOptions | None = None
     timeout_s: float = TIMEOUT_S
     attach: Callable[[], None] | None = None
-    seal: Callable[[], None] | None = None
+    seal: Callable[[], str] | None = None
     undo: Callable[[], None] | None = None
 
 

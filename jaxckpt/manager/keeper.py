@@ -7,7 +7,7 @@ from typing import final
 from jaxckpt.core.errors import AlreadyExistsError, NotFoundError
 from jaxckpt.core.events import StepDeleted, emit
 from jaxckpt.manager.policies import KeepPolicy, StepRecord, to_delete
-from jaxckpt.manager.steps import exists, find_steps, read_record, remove, seal
+from jaxckpt.manager.steps import exists, find_steps, read_record, remove, seal, writing_folder
 from jaxckpt.manager.sweep import Lease, Sweeper
 from jaxckpt.storage.store import AbstractStore
 
@@ -25,6 +25,7 @@ class Keeper:
         self._known: dict[int, StepRecord] = {}
         self._named_otherwise: set[int] | None = None  # steps of Orbax in folders such as step_000005
         self._trouble: dict[int, Exception] = {}
+        self._sealed: set[int] = set()  # by this run
 
     def sweep(self) -> None:
         """Remove what dead runs left."""
@@ -70,9 +71,10 @@ class Keeper:
         """The save of a step was not begun."""
         self._lease.release([step])
 
-    def publish(self, step: int, metrics: dict[str, float] | None, start_ns: int, *, extras: bool) -> None:
-        """Make a step exist whose tree is committed, and delete what need not be kept any more."""
+    def publish(self, step: int, metrics: dict[str, float] | None, start_ns: int, *, extras: bool) -> str:
+        """Make a step exist whose tree is committed, and delete what need not be kept any more; where the step is."""
         seal(self._root, step, metrics, start_ns, extras=extras)
+        self._sealed.add(step)
         try:
             try:
                 with self._lock:
@@ -82,11 +84,17 @@ class Keeper:
                 self._lease.release([step])
         except Exception as error:  # of a policy too: the step is whole, and is told apart from a save that failed
             self._trouble[step] = error
+        return self._root.child(str(step)).url
+
+    def writing(self, step: int) -> AbstractStore:
+        """The folder in which a step is written."""
+        return self._root.child(writing_folder(self._root, step))
 
     def undo(self, step: int) -> None:
-        """Give back the space of a step whose save failed."""
+        """Give back the space of a step whose save failed. One that is whole stays: older ones may be gone for it."""
         try:
-            remove(self._root, str(step))
+            if step not in self._sealed:
+                remove(self._root, writing_folder(self._root, step))
         finally:
             self._lease.release([step])
 
@@ -118,6 +126,7 @@ class Keeper:
     def _remove(self, step: int, folder: str) -> None:
         remove(self._root, folder)
         self._known.pop(step, None)
+        self._sealed.discard(step)
         self.damaged.discard(step)
         if self._named_otherwise is not None:
             self._named_otherwise.discard(step)

@@ -283,14 +283,16 @@ class CheckpointManager:
     ) -> Request:
         rank, size = self._agreement.rank, self._agreement.size
         numbers = None if metrics is None else {name: float(value) for name, value in metrics.items()}
+        folder = self._keeper.writing(step)
+        publish = partial(self._keeper.publish, step, numbers, time.time_ns(), extras=bool(extras))
         return Request(
-            path=self._root.child(f"{step}/{ITEM}"),
+            path=folder.child(ITEM),
             tree=tree,
             step=step,
             compression=self._compression,
             timeout_s=self._timeout_s,
-            attach=extra_files.attached(self._root.child(str(step)), extras, rank, size),
-            seal=partial(self._keeper.publish, step, numbers, time.time_ns(), extras=bool(extras)),
+            attach=extra_files.attached(folder, extras, rank, size),
+            seal=lambda: f"{publish()}{ITEM}/",
             undo=partial(self._keeper.undo, step),
         )
 

@@ -1,7 +1,9 @@
 """Step folders as Orbax's CheckpointManager has them: ``<step>/default/`` the tree, ``<step>/metrics/metrics`` JSON.
 
 ``<step>/_CHECKPOINT_METADATA`` is written last and removed first: a step exists while it does. In an object store
-Orbax also wants ``<step>/commit_success.txt``, which comes before it.
+Orbax also wants ``<step>/commit_success.txt``, which comes before it. On local disks and shared folders Orbax's manager
+takes every folder with a number for a step, whatever is in it: there a step is written and deleted under another name,
+``<step>.jaxckpt-tmp``, which Orbax passes over.
 """
 
 import json
@@ -20,6 +22,7 @@ ITEM = "default"
 METRICS = "metrics/metrics"
 EXTRAS = "extras/"
 _JSON_HANDLER = "orbax.checkpoint._src.handlers.json_checkpoint_handler.JsonCheckpointHandler"
+TMP = ".jaxckpt-tmp"
 _STEP = re.compile(r"(?:[^.]*_)?(\d+)")  # prefixes and zero padding, and none of Orbax's temporary folders
 
 
@@ -41,14 +44,26 @@ def exists(root: AbstractStore, folder: str) -> bool:
     return committed and root.exists(f"{folder}/{om.CHECKPOINT_METADATA}")
 
 
-def unfinished(root: AbstractStore) -> dict[int, str]:
-    """Folders named by a number alone that are no step, ascending."""
+def writing_folder(root: AbstractStore, step: int) -> str:
+    """Where a step is written until it exists."""
+    return f"{step}{TMP}" if isinstance(root, LocalStore) else str(step)
+
+
+def unfinished(root: AbstractStore) -> list[tuple[int, str]]:
+    """Folders that are no step and that only we name so, or a number alone, each with its step."""
     there = set(find_steps(root).values())
-    return dict(sorted((int(name), name) for name in root.folders() if name.isdecimal() and name not in there))
+    found = []
+    for name in root.folders():
+        plain = name.removesuffix(TMP)
+        if name not in there and (name.isdecimal() or (plain != name and _STEP.fullmatch(plain))):
+            found.append((_number(plain), name))
+    return sorted(found)
 
 
 def is_leftover(root: AbstractStore, folder: str) -> bool:
     """Whether this is what a step of ours leaves that was never finished or half deleted, and nothing else."""
+    if folder.endswith(TMP):
+        return True
     names = root.child(folder).names()
     rest = [name for name in names if not name.startswith((f"{ITEM}/", METRICS, EXTRAS)) and name != om.COMMIT_MARKER]
     if rest:
@@ -72,7 +87,8 @@ def seal(
     root: AbstractStore, step: int, metrics: dict[str, float] | None, start_ns: int, *, extras: bool = False
 ) -> None:
     """Make a step exist, once its tree is committed. ``extras``: there are some, which Orbax then sees as JSON."""
-    folder = root.child(str(step))
+    name = writing_folder(root, step)
+    folder = root.child(name)
     handlers = {ITEM: om.PYTREE_HANDLER}
     if metrics is not None:
         handlers["metrics"] = _JSON_HANDLER
@@ -86,10 +102,19 @@ def seal(
     )
     folder.write_all({om.CHECKPOINT_METADATA: marker})
     folder.sync()
+    if isinstance(root, LocalStore):
+        root.move_folder(name, str(step))
 
 
 def remove(root: AbstractStore, folder: str) -> None:
     """Delete a step, the markers first: a half-deleted step is none, and its tree is no checkpoint."""
+    if isinstance(root, LocalStore):
+        hidden = f"{folder.removesuffix(TMP)}{TMP}"
+        if folder != hidden and folder in root.folders():
+            root.delete_prefix(f"{hidden}/")
+            root.move_folder(folder, hidden)
+        root.delete_prefix(f"{hidden}/")
+        return
     root.delete(f"{folder}/{om.CHECKPOINT_METADATA}")
     root.delete(f"{folder}/{ITEM}/{om.COMMIT_MARKER}")
     root.delete_prefix(f"{folder}/")

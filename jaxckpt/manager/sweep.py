@@ -20,7 +20,7 @@ from uuid import uuid4
 
 from jaxckpt.core.errors import AlreadyExistsError, CheckpointError, NotFoundError
 from jaxckpt.core.events import Swept, emit
-from jaxckpt.manager.steps import exists, is_leftover, remove, unfinished
+from jaxckpt.manager.steps import exists, is_leftover, remove, unfinished, writing_folder
 from jaxckpt.storage.store import AbstractStore
 
 FOLDER = "_runs"
@@ -149,15 +149,17 @@ class Sweeper:
                     f"Step {step} of {self._root.url} is being written or deleted by another run, process {one.pid} on "
                     f"{one.hostname}. Nothing was begun. End that run, or use another folder."
                 )
-        if not self._root.child(str(step)).names():
-            return
-        if not naming and not is_leftover(self._root, str(step)):
-            raise AlreadyExistsError(
-                f"{self._root.url}{step} holds files that are no part of an unfinished step. Nothing was begun: move "
-                "them, or save another step."
-            )
-        remove(self._root, str(step))
-        emit(Swept(path=self._root.url, names=(str(step),)))
+        there = [name for name in {str(step), writing_folder(self._root, step)} if self._root.child(name).names()]
+        for name in there:
+            if not naming and not is_leftover(self._root, name):
+                raise AlreadyExistsError(
+                    f"{self._root.url}{name} holds files that are no part of an unfinished step. Nothing was begun: "
+                    "move them, or save another step."
+                )
+        for name in there:
+            remove(self._root, name)
+        if there:
+            emit(Swept(path=self._root.url, names=tuple(sorted(there))))
 
     def close(self) -> None:
         """Watch no longer."""
@@ -192,7 +194,7 @@ class Sweeper:
         spared = {step for run, one in leases.items() if alive[run] is not False for step in one.steps}
         told = {step for run, one in leases.items() if alive[run] is False for step in one.steps}
         gone = []
-        for step, folder in unfinished(self._root).items():
+        for step, folder in unfinished(self._root):
             if step not in spared and (step in told or is_leftover(self._root, folder)):
                 remove(self._root, folder)
                 gone.append(folder)

@@ -204,6 +204,19 @@ class LocalStore(AbstractStore):
         except OSError as error:
             raise self._failed("delete", prefix, error) from error
 
+    def move_folder(self, old: str, new: str) -> None:
+        """Give a folder another name, durably, in one step. StorageError: it has the old one, or ``new`` was there."""
+        self._files.close()
+        try:
+            os.rename(self._path(old), self._path(new))
+            try:
+                _sync_path(self.root)
+            except OSError:
+                os.rename(self._path(new), self._path(old))
+                raise
+        except OSError as error:
+            raise self._failed("rename", old, error) from error
+
     def sync(self) -> None:
         # One at a time: a thread that finds nothing left to sync may rely on it being done.
         with self._syncing:

@@ -47,16 +47,17 @@ def test_a_write_that_fails_on_one_process_is_told_once_on_all_and_the_step_can_
 def test_a_step_that_was_being_saved_when_its_run_was_killed_is_swept_at_the_next_start(tmp_path: Path) -> None:
     args = {"root": str(tmp_path), "step": 2}
     run_processes(f"{PROGRAMS}:die_in_a_save", 1, devices=2, args=args, expect_failure={0})
-    assert (tmp_path / "2").is_dir()
+    assert (tmp_path / "2.jaxckpt-tmp").is_dir()
+    assert not (tmp_path / "2").exists()  # Orbax would list it
     assert list((tmp_path / "_runs").iterdir())
     events: list[Any] = []
     stop = subscribe(events.append)
     manager = jc.CheckpointManager(tmp_path)
     stop()
     assert manager.all_steps() == [1]
-    assert not (tmp_path / "2").exists()
+    assert not (tmp_path / "2.jaxckpt-tmp").exists()
     assert not list((tmp_path / "_runs").iterdir())
-    assert [event.names for event in events if isinstance(event, Swept)] == [("2",)]
+    assert [event.names for event in events if isinstance(event, Swept)] == [("2.jaxckpt-tmp",)]
 
 
 def test_who_leaves_the_block_with_an_error_is_not_waited_for(tmp_path: Path) -> None:
