@@ -151,9 +151,8 @@ def _between_layers(name: str, left: jax.Array, right: jax.Array, row: Row) -> j
     last = jax.lax.index_in_dim(right, 0, axis)
     share = (jnp.arange(layers, dtype=jnp.float32) + 1) / (layers + 1)
     share = share.reshape([-1 if i == axis else 1 for i in range(left.ndim)])
-    zero = jnp.zeros_like(share)
     return weighted_average(
-        jnp.broadcast_to(first, left.shape), jnp.broadcast_to(last, right.shape), (1 - share, zero), (share, zero)
+        jnp.broadcast_to(first, left.shape), jnp.broadcast_to(last, right.shape), (1 - share, None), (share, None)
     )
 
 
@@ -162,7 +161,7 @@ def _matches(name: str, patterns: tuple[str, ...]) -> bool:
 
 
 def _weights(row: Row, block: int) -> tuple[Double, Double]:
-    one = (jnp.ones(()), jnp.zeros(()))
+    one = (jnp.ones(()), None)
     if row.plan.policy.method != "weighted" or row.norms is None:
         return one, one
     layout = row.plan.layout
