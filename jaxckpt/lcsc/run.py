@@ -19,6 +19,7 @@ from jaxckpt.lcsc.strategies import Strategy
 
 PyTree = Any
 
+L1_SHARE = 0.1  # of the best profile's score: what a sum of magnitudes of one above one costs, unless said
 GRADIENT_COST = 3  # evaluations that one value and gradient counts as
 _STARTING, _ASKING, _NOISE, _TELLING, FINAL, _PROFILES = range(6)  # what a key is for
 
@@ -38,7 +39,8 @@ class Run:
     strategy: Strategy
     evaluate: Any
     objective: Objective
-    penalty: Penalty
+    l1_penalty: float | None
+    negative_penalty: float
     key: jax.Array
     width: int
     cost: int
@@ -69,7 +71,8 @@ class Run:
 
     def begin(self, state: State) -> State:
         """The best profile becomes the centre; the first population is the profiles, then points around the centre."""
-        scores = self.measured(self.objective, self.first, self.use(_PROFILES)[None]) + self.penalty(self.first)
+        scores = self.measured(self.objective, self.first, self.use(_PROFILES)[None])
+        scores = scores + Penalty(self.l1_penalty or 0.0, self.negative_penalty)(self.first)
         if not np.isfinite(scores).any():
             raise InvalidArgumentError(
                 f"The objective is not finite for any of the {len(scores)} EMA profiles it was tried on first: "
@@ -90,16 +93,14 @@ class Run:
         candidates = np.asarray(population)
         points = self.space.coefficients(candidates, state.centre)
         keys = self.use(_NOISE, 0 if self.is_fixed else now)[None]
-        slopes = None
+        penalty, slopes = self.penalty(state), None
         if self.strategy.uses_gradient:
             started = time.perf_counter()
-            scores, slopes = self.evaluate.slopes(
-                self.objective, self.space, population, state.centre, keys, self.penalty
-            )
+            scores, slopes = self.evaluate.slopes(self.objective, self.space, population, state.centre, keys, penalty)
             fitness = np.asarray(scores, np.float64)
             self.clock.seconds += time.perf_counter() - started
         else:
-            fitness = self.measured(self.objective, points, keys) + self.penalty(points)
+            fitness = self.measured(self.objective, points, keys) + penalty(points)
         told = fitness.astype(np.float32)
         inner = jax.device_get(_tell(self.strategy, later, self.key, now, inner, candidates, told, slopes))
 
@@ -131,6 +132,13 @@ class Run:
             fitness=history,
             path=path,
         )
+
+    def penalty(self, state: State) -> Penalty:
+        """Of large coefficients; unsaid, in proportion to the objective, as the best profile shows it."""
+        l1 = self.l1_penalty
+        if l1 is None:
+            l1 = L1_SHARE * abs(float(state.profiles[np.isfinite(state.profiles)].min()))
+        return Penalty(l1, self.negative_penalty)
 
     def mean(self, inner: PyTree) -> np.ndarray | None:
         """The point that the strategy searches around."""

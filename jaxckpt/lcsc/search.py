@@ -25,7 +25,7 @@ from jaxckpt.lcsc.merge import Lora
 from jaxckpt.lcsc.progress import Line, Watch, watcher
 from jaxckpt.lcsc.report import Report, Result
 from jaxckpt.lcsc.run import FINAL, GRADIENT_COST, Clock, Run
-from jaxckpt.lcsc.selection import Penalty, concerns, select
+from jaxckpt.lcsc.selection import concerns, select
 from jaxckpt.lcsc.space import Kind, Space, profiles
 from jaxckpt.lcsc.state import Saver, State, read
 from jaxckpt.lcsc.strategies import make_strategy
@@ -46,7 +46,7 @@ def search(
     groups: Sequence[str] = ("*",),
     scale: float | None = None,
     bounds: tuple[float, float] | None = None,
-    l1_penalty: float = 0.0,
+    l1_penalty: float | None = None,
     negative_penalty: float = 0.0,
     budget: int = 1024,
     population: int = 16,
@@ -86,7 +86,8 @@ def search(
         groups: globs of leaf names, each with coefficients of its own.
         scale: what a step of one changes in a coefficient; None: ``0.03 * 40 / K``.
         bounds: lowest and highest coefficient.
-        l1_penalty: what a sum of magnitudes of one above one costs, in units of the objective.
+        l1_penalty: what a sum of magnitudes of one above one costs, in units of the objective; None: a tenth of the
+            best profile's score, which keeps a search from fitting its metric alone. A likelihood can go without: 0.
         negative_penalty: what a negative mass of one costs.
         budget: evaluations of single models, profiles included; a gradient counts as three.
         population: candidates in a generation.
@@ -172,7 +173,8 @@ def search(
         strategy=searcher,
         evaluate=evaluate,
         objective=objective,
-        penalty=Penalty(l1_penalty, negative_penalty),
+        l1_penalty=l1_penalty,
+        negative_penalty=negative_penalty,
         key=root,
         width=1 if searcher.uses_gradient else population,
         cost=cost,
@@ -213,6 +215,7 @@ def search(
         np.full((len(shape.groups), shape.count), 1 / shape.count),
     )
     last[:, -1] = 1
+    penalty = run.penalty(now)
     chosen, rows = select(
         run.finalists(now, finalists),
         {"last": last, "uniform": uniform},
@@ -221,7 +224,7 @@ def search(
         objective=measure(validation or objective),
         guard=measure(guard),
         held_out=measure(held_out),
-        penalty=run.penalty,
+        penalty=penalty,
     )
     warned = concerns(chosen, next(row for row in rows if row.name == "profile"))
     params = average_opened(sources, dict(zip(groups, chosen.coefficients, strict=True)), **how)
@@ -235,7 +238,7 @@ def search(
         evaluations=len(run.first) + run.generations * run.cost,
         seconds=time.perf_counter() - began,
         objective_seconds=run.clock.seconds,
-        settings=settings,
+        settings=settings | {"l1_penalty": penalty.l1},
         concerns=tuple(warned),
         profiles={float(decay): float(score) for decay, score in zip(decays, now.profiles, strict=True)},
         steps=tuple(step_of(source) for source in sources),

@@ -39,16 +39,16 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Penalty:
-    """``l1 * (sum |a| - 1) + negative * (sum of the magnitudes of negative a)``, mean over groups."""
+    """``l1 * max(sum |a| - 1, 0) + negative * (sum of the magnitudes of negative a)``, mean over groups."""
 
     l1: float = 0.0
     negative: float = 0.0
 
     def __call__(self, coefficients: Any) -> Any:
         """[P] of coefficients [P, G, K], of numpy or jax."""
-        magnitude = abs(coefficients).sum(-1)
+        above = abs(coefficients).sum(-1) - 1
         negative = (abs(coefficients) - coefficients).sum(-1) / 2
-        return (self.l1 * (magnitude - 1) + self.negative * negative).mean(-1)
+        return (self.l1 * (abs(above) + above) / 2 + self.negative * negative).mean(-1)
 
 
 Measure = Callable[[np.ndarray, jax.Array], np.ndarray]  # coefficients [P, G, K], keys -> [P]

@@ -49,7 +49,7 @@ def loss(params: Any, key: jax.Array) -> jax.Array:
 
 
 def test_cma_es_finds_the_optimum_with_signs() -> None:
-    found = search(TREES, loss, budget=1200, scale=0.2)
+    found = search(TREES, loss, budget=1200, scale=0.2, l1_penalty=0)
     np.testing.assert_allclose(found.coefficients, WANTED, atol=0.02)
     assert abs(found.coefficients.sum() - 1) < 1e-12
     assert found.coefficients.dtype == np.float64
@@ -102,10 +102,16 @@ def test_groups_have_their_own_coefficients() -> None:
     def apart(params: Any, key: jax.Array) -> Any:
         return ((params["a"]["w"] - TARGET["a"]["w"]) ** 2).sum() + ((params["b"] - other["b"]) ** 2).sum()
 
-    one = search(TREES, apart, budget=807, scale=0.2)
-    two = search(TREES, apart, budget=807, scale=0.2, groups=("a", "*"))
+    one = search(TREES, apart, budget=807, scale=0.2, l1_penalty=0)
+    two = search(TREES, apart, budget=807, scale=0.2, l1_penalty=0, groups=("a", "*"))
     assert two.coefficients.shape == (2, K)
     assert two.report.row(two.report.chosen).score < 0.2 * one.report.row(one.report.chosen).score
+
+
+def test_the_penalty_is_a_tenth_of_the_best_profile_unless_said() -> None:
+    report, bare = (search(TREES, loss, budget=407, scale=0.2, l1_penalty=p).report for p in (None, 0))
+    assert report.settings["l1_penalty"] == pytest.approx(min(report.profiles.values()) / 10)
+    assert report.row(report.chosen).l1 < bare.row(bare.chosen).l1
 
 
 def test_l1_penalty_shrinks_negative_mass() -> None:
