@@ -17,6 +17,7 @@ import itertools
 import json
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from typing import Protocol, TypeVar, final
 
@@ -33,6 +34,8 @@ _PART_BYTES = 1 << 20
 _LONGEST_WAIT_S = 3600.0
 # Calls of the client that know no deadline take under a millisecond, or some tens for a part of a big value.
 _ANSWER_TIMEOUT_S = 10.0
+# For which each further call waits while an earlier one is still unanswered: an error on its way up makes several.
+_SILENT_TIMEOUT_S = 0.5
 # The first byte of a stored value.
 _WHOLE, _IN_PARTS = b"w", b"p"
 
@@ -40,6 +43,7 @@ Answer = TypeVar("Answer")
 
 _ALONE = LocalCoordinator()
 _serial = itertools.count()
+_unanswered: "weakref.WeakSet[threading.Thread]" = weakref.WeakSet()
 
 
 def current_coordinator(*, answer_timeout_s: float = _ANSWER_TIMEOUT_S) -> AbstractCoordinator:
@@ -162,13 +166,17 @@ class JaxCoordinator(AbstractCoordinator):
             except BaseException as error:  # re-raised below, in the thread that asked
                 errors.append(error)
 
+        limit_s = self._answer_timeout_s
+        if any([thread.is_alive() for thread in list(_unanswered)]):
+            limit_s = min(limit_s, _SILENT_TIMEOUT_S)
         thread = threading.Thread(target=ask, name="jaxckpt-store-call", daemon=True)
         thread.start()
-        thread.join(self._answer_timeout_s)
+        thread.join(limit_s)
         if answers:
             return answers[0]
         if not errors:
-            raise _unreachable(action, f"no answer within {self._answer_timeout_s:g} s")
+            _unanswered.add(thread)
+            raise _unreachable(action, f"no answer within {limit_s:g} s")
         if isinstance(errors[0], jax.errors.JaxRuntimeError):
             raise _unreachable(action, str(errors[0])) from errors[0]
         raise errors[0]

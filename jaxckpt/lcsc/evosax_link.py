@@ -30,6 +30,11 @@ class Evosax:
     has_mean: bool
     uses_gradient: bool = field(default=False, init=False)
 
+    @property
+    def is_first_apart(self) -> bool:
+        """Those of populations begin with one that is evaluated already."""
+        return not self.has_mean
+
     @_lenient()
     def start(self, key: jax.Array, first: jax.Array) -> PyTree:
         """Around zero; those of populations take the fitness of the first one in the first ``tell``."""

@@ -88,7 +88,7 @@ class Run:
     def advance(self, state: State, progress: Watch | None, began: float) -> State:
         """One generation: ask, measure on shared noise, tell."""
         now = state.generation
-        later = min(now, 1)
+        later = 0 if now == 0 and self.strategy.is_first_apart else 1
         population, inner = _ask(self.strategy, later, self.key, now, state.strategy)
         candidates = np.asarray(population)
         points = self.space.coefficients(candidates, state.centre)

@@ -31,8 +31,13 @@ BUILT_IN = ("evolution", "random", "gradient")
 class Strategy(Protocol):
     """State in, state out; all minimise. ``population`` is float32 [P, size]. Hashable, and its methods traceable.
 
-    ``generation`` is 0 in the first generation and 1 in all others.
+    ``generation`` is 0 in the first generation and 1 in all others; 1 throughout for those to whom all are alike.
     """
+
+    @property
+    def is_first_apart(self) -> bool:
+        """Whether the first generation goes differently."""
+        ...
 
     @property
     def uses_gradient(self) -> bool:
@@ -111,6 +116,7 @@ class EvolutionStrategy:
     size: int
     how: evolution.Evolution
     uses_gradient: bool = field(default=False, init=False)
+    is_first_apart: bool = field(default=True, init=False)
 
     def start(self, key: jax.Array, first: jax.Array) -> PyTree:
         """The initial population waits to be asked for."""
@@ -141,6 +147,7 @@ class RandomStrategy:
     count: int
     size: int
     uses_gradient: bool = field(default=False, init=False)
+    is_first_apart: bool = field(default=True, init=False)
 
     def start(self, key: jax.Array, first: jax.Array) -> PyTree:
         """The initial population waits to be asked for."""
@@ -176,6 +183,7 @@ class Gradient:
     radius: float | None = 5.0
     decay: tuple[float, float] = (0.9, 0.999)
     uses_gradient: bool = field(default=True, init=False)
+    is_first_apart: bool = field(default=False, init=False)
 
     def start(self, key: jax.Array, first: jax.Array) -> PyTree:
         """At the centre."""
