@@ -62,7 +62,11 @@ def disk(tmp_path: Path) -> Iterator[Path]:
     """A disk of 4 MiB."""
     path = tmp_path / "disk"
     path.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", path], check=True)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", path], check=False, capture_output=True, text=True
+    )
+    if mounted.returncode:
+        pytest.skip(f"a disk of its own takes the rights of root: {mounted.stderr.strip()}")
     try:
         yield path
     finally:
@@ -70,7 +74,7 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def listed_by_orbax(path: Path) -> list[int]:
-    with ocp.CheckpointManager(path) as manager:
+    with ocp.CheckpointManager(str(path)) as manager:
         return list(manager.all_steps())
 
 
@@ -121,7 +125,7 @@ manager.wait()
     assert subprocess.run([sys.executable, "-c", loop], check=False).returncode == -signal.SIGKILL
     assert any("ocdbt.process_0/d/" in str(path) for path in (tmp_path / "2.jaxckpt-tmp").rglob("*"))
     assert listed_by_orbax(tmp_path) == [1]
-    with v1.training.Checkpointer(tmp_path) as checkpointer:
+    with v1.training.Checkpointer(str(tmp_path)) as checkpointer:
         assert [one.step for one in checkpointer.checkpoints] == [1]
     with CheckpointManager(tmp_path) as manager:
         assert manager.all_steps() == [1]
