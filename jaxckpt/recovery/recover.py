@@ -12,6 +12,7 @@ from functools import lru_cache
 from typing import Any
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -143,7 +144,8 @@ def _compiled(
         with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
             inner = flatten(state)[0]  # jit has sorted the keys of dictionaries
             flat = {leaf.name: leaf.value for leaf in inner}
-            rows = _rows(flat, plan, norms, given, mesh, dict(specs), norm_spec, fill_replicated)
+            fresh = _fresh(state, plan, tx) if tx is not None else {}
+            rows = _rows(flat, plan, norms, given, mesh, dict(specs), norm_spec, fill_replicated, fresh)
             names = iter([leaf.name for leaf in inner])
             state = rebuild(state, lambda _, __: rows[next(names)])
             state = _with_init(state, plan, init)
@@ -162,6 +164,7 @@ def _rows(
     specs: dict[str, PartitionSpec],
     norm_spec: PartitionSpec,
     fill_replicated: bool,
+    fresh: dict[str, Any],
 ) -> dict[str, Any]:
     layout = plan.layout
     stacked = {n: v for n, v in flat.items() if _is_stacked(n, layout)}
@@ -169,15 +172,30 @@ def _rows(
     listed = {n: v for n, v in flat.items() if layout.placement(n).kind == "listed"}
     given_stacked = {n: v for n, v in given.items() if n in stacked}
 
-    def body(stacked: dict[str, Any], given: dict[str, Any], norms: Any, shared: dict[str, Any]) -> Any:
+    renewed = _renewed(plan)
+    fresh_rows = {
+        step.stage: {
+            n: jax.lax.index_in_dim(v, step.stage, layout.placement(n).stage_axis, keepdims=False)
+            for n, v in fresh.items()
+            if n in stacked and step.stage in renewed
+        }
+        for step in plan.steps
+    }
+
+    def body(
+        stacked: dict[str, Any], given: dict[str, Any], norms: Any, shared: dict[str, Any], fresh_rows: dict[int, Any]
+    ) -> Any:
         for step in plan.steps:
-            row = Row(plan=plan, step=step, mesh=mesh, specs=specs, norms=norms, norm_spec=norm_spec)
+            row = Row(
+                plan=plan, step=step, mesh=mesh, specs=specs, norms=norms, norm_spec=norm_spec,
+                fresh=fresh_rows[step.stage],
+            )  # fmt: skip
             stacked = {n: recovered_stacked(n, v, given.get(n), row) for n, v in stacked.items()}
             shared = {n: refilled(n, v, row) for n, v in shared.items()}
         return stacked, shared
 
     if mesh is None or layout.axis not in mesh.shape:
-        new, _ = body(stacked, given_stacked, norms, {})
+        new, _ = body(stacked, given_stacked, norms, {}, fresh_rows)
     else:
         if not fill_replicated:
             shared = {}
@@ -185,10 +203,19 @@ def _rows(
         new, shared = jax.shard_map(
             body,
             mesh=mesh,
-            in_specs=(chosen, {n: specs[n] for n in given_stacked}, norm_spec, held),
+            in_specs=(
+                chosen,
+                {n: specs[n] for n in given_stacked},
+                norm_spec,
+                held,
+                {
+                    stage: {n: _without(specs[n], layout.placement(n).stage_axis) for n in rows}
+                    for stage, rows in fresh_rows.items()
+                },
+            ),
             out_specs=(chosen, held),
             check_vma=False,  # what is replicated stays so: the same select runs on every copy
-        )(stacked, given_stacked, norms, shared)
+        )(stacked, given_stacked, norms, shared, fresh_rows)
         new = new | shared
     for step in plan.steps:
         row = Row(plan=plan, step=step, mesh=None, specs=specs, norms=norms, norm_spec=norm_spec)
@@ -205,17 +232,49 @@ def _with_init(state: PyTree, plan: RecoveryPlan, init: Callable[[], PyTree] | N
 
 
 def _with_optimizer(state: PyTree, plan: RecoveryPlan, tx: Any) -> PyTree:
-    kept = plan.policy.optimizer == "keep"
-    stages = [s.stage for s in plan.steps if s.source != "replica" and not (kept and _exact(s.source))]
-    if tx is not None and stages and plan.policy.optimizer != "average":
+    """Leaves of the optimizer that ``init`` makes of the weights, and those of listed stages."""
+    stages = _renewed(plan)
+    if tx is not None and stages:
+        constant = _fresh(state, plan, tx)
         params = state["params"] if isinstance(state, dict) else state.params
-        fresh = {f"{OPT_STATE}.{leaf.name}": leaf.value for leaf in flatten(tx.init(params))[0]}
-        if plan.policy.optimizer == "nu_average":
-            fresh = {
-                n: v for n, v in fresh.items() if "nu" not in n.split(".") and jnp.issubdtype(v.dtype, jnp.floating)
-            }
-        state = _replace(state, fresh, plan.layout, stages)
+        made = {f"{OPT_STATE}.{leaf.name}": leaf.value for leaf in flatten(tx.init(params))[0]}
+        done = {n for n in constant if _is_stacked(n, plan.layout)}
+        state = _replace(state, {n: v for n, v in _taken(made, plan).items() if n not in done}, plan.layout, stages)
     return _with_settings(state, plan)
+
+
+def _fresh(state: PyTree, plan: RecoveryPlan, tx: Any) -> dict[str, Any]:
+    """Leaves of the optimizer that ``init`` makes whatever the weights are, such as zero moments."""
+    if not _renewed(plan):
+        return {}
+    params = state["params"] if isinstance(state, dict) else state.params
+    program, shapes = jax.make_jaxpr(tx.init, return_shape=True)(params)
+    varying = set(program.jaxpr.invars)
+    for equation in program.jaxpr.eqns:
+        if any(not isinstance(x, jax.extend.core.Literal) and x in varying for x in equation.invars):
+            varying.update(equation.outvars)
+    flags = [not isinstance(x, jax.extend.core.Literal) and x in varying for x in program.jaxpr.outvars]
+    varies = {leaf.name: leaf.value for leaf in flatten(jax.tree.unflatten(jax.tree.structure(shapes), flags))[0]}
+    made = {f"{OPT_STATE}.{leaf.name}": leaf.value for leaf in flatten(tx.init(params))[0] if not varies[leaf.name]}
+    return _taken(made, plan)
+
+
+def _taken(made: dict[str, Any], plan: RecoveryPlan) -> dict[str, Any]:
+    if plan.policy.optimizer != "nu_average":
+        return made
+    return {n: v for n, v in made.items() if "nu" not in n.split(".") and jnp.issubdtype(v.dtype, jnp.floating)}
+
+
+def _renewed(plan: RecoveryPlan) -> list[int]:
+    """Stages whose moments become fresh."""
+    if plan.policy.optimizer == "average":
+        return []
+    kept = plan.policy.optimizer == "keep"
+    return [s.stage for s in plan.steps if s.source != "replica" and not (kept and _exact(s.source))]
+
+
+def _without(spec: PartitionSpec, axis: int) -> PartitionSpec:
+    return PartitionSpec(*(entry for i, entry in enumerate(spec) if i != axis))
 
 
 def _exact(source: str) -> bool:

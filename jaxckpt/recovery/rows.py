@@ -1,6 +1,7 @@
 """One leaf of a lost stage: what arrives from where, and how it is combined. Runs inside the compiled program."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -23,6 +24,7 @@ class Row:
     specs: dict[str, PartitionSpec]
     norms: Any
     norm_spec: PartitionSpec
+    fresh: dict[str, Any] = field(default_factory=dict)  # leaves of the optimizer as ``init`` makes this stage's
 
 
 def recovered_stacked(name: str, value: jax.Array, given: Any, row: Row) -> jax.Array:
@@ -33,16 +35,19 @@ def recovered_stacked(name: str, value: jax.Array, given: Any, row: Row) -> jax.
     spec = row.specs[name]
     if row.step.source == "replica":
         return _from_replica(value, spec, axis, row)
+    if name in row.fresh:
+        return _put(value, lambda: row.fresh[name].astype(value.dtype), spec, axis, row)
     if row.step.source in ("stale_copy", "same_step_copy", "checkpoint_stage"):
         if given is None:
             # Moments become fresh afterwards; a weight without a copy cannot.
             if optimizer:
-                return _put(value, jnp.zeros_like(_local(value, stage, axis, spec, row)), spec, axis, row)
+                return _put(value, lambda: jnp.zeros_like(_local(value, stage, axis, spec, row)), spec, axis, row)
             raise InvalidArgumentError(f'Leaf "{name}" of the lost stage has no copy.')
         holder = stage if row.step.source == "checkpoint_stage" else (stage + 1) % row.plan.layout.stages
-        return _put(value, _from_stage(given, holder, axis, spec, row).astype(value.dtype), spec, axis, row)
+        piece = _from_stage(given, holder, axis, spec, row)
+        return _put(value, lambda: piece.astype(value.dtype), spec, axis, row)
     if row.plan.policy.method == "random" and row.step.source == "average":
-        return _put(value, jnp.zeros_like(_local(value, stage, axis, spec, row)), spec, axis, row)
+        return _put(value, lambda: jnp.zeros_like(_local(value, stage, axis, spec, row)), spec, axis, row)
     if optimizer and row.plan.policy.optimizer in ("fresh", "keep", "rescale"):
         return value  # replaced by fresh rows
     left, right = (None if n is None else _from_stage(value, n, axis, spec, row) for n in row.step.neighbours)
@@ -99,22 +104,29 @@ def refilled(name: str, value: jax.Array, row: Row) -> jax.Array:
     return jnp.where(jax.lax.axis_index(layout.axis) == owner, moved, value)
 
 
-def _combined(name: str, left: Any, right: Any, place: Placement, row: Row) -> Any:
+def _combined(name: str, left: Any, right: Any, place: Placement, row: Row) -> Callable[[], Any]:
+    """What makes the lost row. Everything that travels has arrived when this returns."""
     layout, stage = row.plan.layout, row.step.stage
     if row.step.source == "edge_copy":
-        return left
+        return lambda: left
     repeats = layout.repeats
     if repeats == 1 or place.repeat_axis is None:
-        return _merge(name, left, right, *_weights(row, stage), row)
+        weights = _weights(row, stage)
+        return lambda: _merge(name, left, right, *weights, row)
     # Blocks r * S + stage: at the ends of a round the neighbour belongs to the round before or after.
     axis = place.repeat_axis - (place.repeat_axis > place.stage_axis)
-    out = []
-    for r in range(repeats):
-        before, after = r - (stage == 0), r + (stage == layout.stages - 1)
-        one = None if before < 0 else jax.lax.index_in_dim(left, before, axis, keepdims=False)
-        two = None if after >= repeats else jax.lax.index_in_dim(right, after, axis, keepdims=False)
-        out.append(_merge(name, one, two, *_weights(row, r * layout.stages + stage), row))
-    return jnp.stack(out, axis)
+    each = [_weights(row, r * layout.stages + stage) for r in range(repeats)]
+
+    def make() -> Any:
+        out = []
+        for r in range(repeats):
+            before, after = r - (stage == 0), r + (stage == layout.stages - 1)
+            one = None if before < 0 else jax.lax.index_in_dim(left, before, axis, keepdims=False)
+            two = None if after >= repeats else jax.lax.index_in_dim(right, after, axis, keepdims=False)
+            out.append(_merge(name, one, two, *each[r], row))
+        return jnp.stack(out, axis)
+
+    return make
 
 
 def _merge(name: str, left: Any, right: Any, a: Double, b: Double, row: Row) -> Any:
@@ -204,14 +216,18 @@ def _from_stage(x: jax.Array, source: int, axis: int, spec: PartitionSpec, row: 
     return piece if pair[0] == pair[1] else jax.lax.ppermute(piece, row.plan.layout.axis, [pair])
 
 
-def _put(x: jax.Array, piece: jax.Array, spec: PartitionSpec, axis: int, row: Row) -> jax.Array:
+def _put(x: jax.Array, make: Callable[[], Any], spec: PartitionSpec, axis: int, row: Row) -> jax.Array:
+    """The row written where it lies. Only there is it computed: all other devices do nothing."""
     per_device = _per_device(spec, axis, row)
     stage = row.step.stage
-    index = jax.lax.broadcasted_iota(jnp.int32, x.shape, axis)
-    mine = index == stage % per_device
-    if per_device != row.plan.layout.stages:
-        mine &= jax.lax.axis_index(row.plan.layout.axis) == stage // per_device
-    return jnp.where(mine, jnp.expand_dims(piece, axis), x)
+
+    def written(x: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_index_in_dim(x, make(), stage % per_device, axis)
+
+    if per_device == row.plan.layout.stages:
+        return written(x)
+    mine = jax.lax.axis_index(row.plan.layout.axis) == stage // per_device
+    return jax.lax.cond(mine, written, lambda x: x, x)
 
 
 def _from_replica(x: jax.Array, spec: PartitionSpec, axis: int, row: Row) -> jax.Array:
@@ -230,4 +246,4 @@ def _from_replica(x: jax.Array, spec: PartitionSpec, axis: int, row: Row) -> jax
         owner = row.step.stage // per_device
         moved = jax.lax.ppermute(piece, (layout.axis, name), [(owner * size + live, owner * size + lost)])
     here = jax.lax.axis_index(name) == lost
-    return jnp.where(here, _put(x, moved, spec, axis, row), x)
+    return jnp.where(here, _put(x, lambda: moved, spec, axis, row), x)
