@@ -21,6 +21,7 @@ PyTree = Any
 Metric = Callable[[PyTree, jax.Array], jax.Array]
 GRID = (0.0, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98)  # EMA over stored checkpoints
 ONLINE = (0.99, 0.995, 0.998, 0.999, 0.9995)  # EMA in training, of every update
+MIDDLES = (0.1, 0.2, 0.4, 0.8, 1.6)  # noise levels before a consistency model's second evaluation
 _TOGETHER = 10  # updates of one program; the online EMA takes the last of them
 
 
@@ -54,8 +55,9 @@ class Measures(NamedTuple):
     chooses: Metric  # many samples, validation images
     held_out: Metric  # many samples, test images
     guard: Metric  # energy distance of pixels, test images
-    held_out_more: Metric  # as held_out and guard, with more evaluations for an image
-    guard_more: Metric
+    slower: dict[
+        float, tuple[Metric, Metric, Metric]
+    ]  # chooses, held_out and guard, with more evaluations for an image
     floor: tuple[float, float]  # both, of the validation images to the test images
     accuracy: float
 
@@ -73,26 +75,35 @@ def measures(task: Task, seed: int) -> Measures:
     validation, test = (moments(jnp.asarray(part.pixels), features) for part in (data.validation, data.test))
     pixels = jnp.asarray(data.test.pixels)
 
-    def sample(params: PyTree, key: jax.Array, count: int, nfe: int) -> jax.Array:
+    def sample(params: PyTree, key: jax.Array, count: int, how: Any) -> jax.Array:
         if task.kind == "diffusion":
-            return diffusion.sample(config, params, key, count=count, nfe=nfe)
-        middle = np.geomspace(config.highest, consistency.MIDDLE[0], nfe)[1:].tolist()
-        return consistency.sample(config, params, key, count=count, middle=middle)
+            return diffusion.sample(config, params, key, count=count, nfe=how)
+        return consistency.sample(config, params, key, count=count, middle=how)
 
-    def distance(to: Any, count: int, nfe: int, params: PyTree, key: jax.Array) -> jax.Array:
-        return frechet_distance(sample(params, key, count, nfe), to, features)
+    def distance(to: Any, count: int, how: Any, params: PyTree, key: jax.Array) -> jax.Array:
+        return frechet_distance(sample(params, key, count, how), to, features)
 
-    def guard(nfe: int, params: PyTree, key: jax.Array) -> jax.Array:
-        return energy_distance(sample(params, key, min(2048, task.many), nfe), pixels)
+    def guard(how: Any, params: PyTree, key: jax.Array) -> jax.Array:
+        return energy_distance(sample(params, key, min(2048, task.many), how), pixels)
 
+    def three(how: Any) -> tuple[Metric, Metric, Metric]:
+        chooses, held_out = (
+            partial(distance, to, n, how) for to, n in ((validation, task.many // 2), (test, task.many))
+        )
+        return chooses, held_out, partial(guard, how)
+
+    if task.kind == "diffusion":
+        few, slower = task.nfe, {float(task.more): three(task.more)}
+    else:
+        few, slower = (), {level: three((level,)) for level in MIDDLES}
+    chooses, held_out, guarded = three(few)
     real = jnp.asarray(data.validation.pixels)
     return Measures(
-        objective=partial(distance, validation, task.samples, task.nfe),
-        chooses=partial(distance, validation, task.many // 2, task.nfe),
-        held_out=partial(distance, test, task.many, task.nfe),
-        guard=partial(guard, task.nfe),
-        held_out_more=partial(distance, test, task.many, task.more),
-        guard_more=partial(guard, task.more),
+        objective=partial(distance, validation, task.samples, few),
+        chooses=chooses,
+        held_out=held_out,
+        guard=guarded,
+        slower=slower,
         floor=(float(frechet_distance(real, test, features)), float(energy_distance(real, pixels))),
         accuracy=classifier.accuracy(params, data.test),
     )

@@ -19,6 +19,7 @@ ROWS = {
     "trace_save": [10, 11],
     "stall": [1, 2, 3, 4, 9],
     "averaging": [1, 2, 5, 3, 4],
+    "lcsc_study": [6, 7],
 }
 
 
