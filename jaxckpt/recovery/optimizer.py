@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxckpt.core.errors import InvalidArgumentError
 from jaxckpt.core.tree import PyTree, flatten, rebuild
@@ -55,7 +56,7 @@ def stage_optimizer(tx: Any, layout: StageLayout) -> Any:
     def init(params: PyTree) -> StageOptimizerState:
         stacked, listed, outside = _split(params, layout)
         return StageOptimizerState(
-            _vmap(tx.init, axes)(stacked) if stacked else (),
+            _placed(_vmap(tx.init, axes)(stacked), stacked) if stacked else (),
             {block: tx.init(part) for block, part in listed.items()},
             tx.init(outside) if outside else (),
         )
@@ -165,6 +166,26 @@ def _split(tree: PyTree, layout: StageLayout) -> tuple[dict[str, Any], dict[str,
 def _joined(like: PyTree, values: dict[str, Any]) -> PyTree:
     names = iter([leaf.name for leaf in flatten(like)[0]])
     return rebuild(like, lambda _, __: values[next(names)])
+
+
+def _placed(state: PyTree, stacked: dict[str, Any]) -> PyTree:
+    """Moments as their parameters lie, counts along the stages: ``init`` under ``vmap`` leaves all on one device."""
+    first = next(iter(stacked.values()))
+    if isinstance(first, jax.core.Tracer) or not isinstance(getattr(first, "sharding", None), NamedSharding):
+        return state
+
+    def one(path: Any, value: Any) -> Any:
+        like = stacked.get(str(path[-1]) if path else "", first)
+        sharding = getattr(like, "sharding", None)
+        if not isinstance(sharding, NamedSharding):
+            return value
+        if value.shape != like.shape:
+            sharding = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[: value.ndim]))
+            if value.shape != like.shape[: value.ndim]:
+                return value
+        return jax.device_put(value, sharding)
+
+    return rebuild(state, one)
 
 
 def _axes(layout: StageLayout) -> tuple[int, ...]:

@@ -167,6 +167,15 @@ def test_the_first_update_after_recovery_is_no_larger_than_the_learning_rate(mod
         assert np.abs(updates["stages"]).max() <= 1.05 * 1e-2
 
 
+def test_moments_lie_where_their_weights_lie() -> None:
+    mesh = mesh_of()
+    w = put(np.ones((4, 8, 6), np.float32), mesh, "stage", "fsdp")
+    state = stage_optimizer(optax.adam(1e-2), PLAIN).init({"stages": w})
+    moments = state.stacked_stages[0]
+    assert moments.mu["stages"].sharding == moments.nu["stages"].sharding == w.sharding
+    assert moments.count.sharding.spec == P("stage")
+
+
 def test_a_shared_count_under_fresh_moments_is_refused() -> None:
     mesh, tx = mesh_of(), optax.adam(1e-2)
     state = adam_state(tx, mesh)
