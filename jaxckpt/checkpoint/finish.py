@@ -19,7 +19,7 @@ from jaxckpt.checkpoint.commit import Before, commit
 from jaxckpt.checkpoint.leaves import Described, sharding_record
 from jaxckpt.coordination.session import Session
 from jaxckpt.core.errors import CheckpointError, CoordinationError
-from jaxckpt.core.events import Committed, Flushed, Progress, SaveFailed, emit, is_heard
+from jaxckpt.core.events import Committed, Flushed, Progress, SaveFailed, StageEnded, emit, is_heard
 from jaxckpt.format.orbax_metadata import COMMIT_MARKER
 from jaxckpt.format.sidecar import FILE_NAME
 from jaxckpt.plan.save import SavePlan
@@ -88,7 +88,10 @@ def _agree(work: Work, session: Session, marks: table.Marks, sofar: _Sofar) -> N
         session.arrive("write", table.pack(_flush(work, sofar), marks))
         session.enter("commit")
         if work.rank == 0:
+            start = time.perf_counter()
             told = session.collect("write", timeout_s=work.timeout_s)
+            if is_heard():
+                _tell(work, "wait for all", start)
             repeated = table.check_alike(told, work.described)
             committing = session.claim()
             if not committing:
@@ -161,9 +164,15 @@ def _flush(work: Work, sofar: _Sofar) -> Written:
     finally:
         if lander is not None:
             lander.join()
+    synced = time.perf_counter()
     store.sync()
+    if is_heard():
+        _tell(work, "sync", synced)
     if work.attach is not None:
+        attached = time.perf_counter()
         work.attach()
+        if is_heard():
+            _tell(work, "extras", attached)
     emit(
         Flushed(
             path=store.url,
@@ -174,6 +183,13 @@ def _flush(work: Work, sofar: _Sofar) -> Written:
         )
     )
     return written
+
+
+def _tell(work: Work, stage: str, start: float) -> None:
+    """Of a stage that has ended; called where somebody listens."""
+    seconds = time.perf_counter() - start
+    step = work.lineage.get("step")
+    emit(StageEnded(stage=stage, path=work.store.url, process=work.rank, step=step, seconds=seconds))
 
 
 def _publish(work: Work, tables: list[Written], repeated: set[int], sofar: _Sofar) -> None:
@@ -190,6 +206,7 @@ def _publish(work: Work, tables: list[Written], repeated: set[int], sofar: _Sofa
             if place == len(shardings):
                 shardings.append(sharding_record(spec.sharding))
         entries.append(replace(entry, chunk=chunk, sharding=place) if entry.stored else entry)
+    start = time.perf_counter()
     files, chunks = table.join(tables, entries, repeated)
     commit(
         work.store,
@@ -203,7 +220,14 @@ def _publish(work: Work, tables: list[Written], repeated: set[int], sofar: _Sofa
         now_ns=time.time_ns(),
         lineage=work.lineage,
     )
-    url = work.store.url if work.seal is None else work.seal()
+    if is_heard():
+        _tell(work, "commit", start)
+    url = work.store.url
+    if work.seal is not None:
+        start = time.perf_counter()
+        url = work.seal()
+        if is_heard():
+            _tell(work, "seal", start)
     emit(
         Committed(
             path=url,

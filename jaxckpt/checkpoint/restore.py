@@ -18,7 +18,7 @@ from jaxckpt.checkpoint.together import Together
 from jaxckpt.coordination.session import TIMEOUT_S
 from jaxckpt.core.dtypes import dtype_of
 from jaxckpt.core.errors import InvalidArgumentError, MismatchError
-from jaxckpt.core.events import Restored, emit
+from jaxckpt.core.events import Restored, StageEnded, emit, is_heard
 from jaxckpt.core.tree import NONE, build, children_of, flatten, path_name, rebuild
 from jaxckpt.storage.url import Location, StorageOptions, location_text, open_store
 from jaxckpt.transfer.upload import Allocation, Destination, Target, device_destination, host_destination
@@ -88,10 +88,13 @@ def restore(
     else:
         found = plan()
     source = found.source
+    step = source.sidecar.step if isinstance(source, OwnSource) else None
+    if is_heard():
+        seconds = time.perf_counter() - start
+        emit(StageEnded(stage="plan", path=source.url, process=jax.process_index(), step=step, seconds=seconds))
     values, read_bytes = fetch(source, found.wants, timeout_s=timeout_s)
     result = found.assemble(values)
     seconds = time.perf_counter() - start
-    step = source.sidecar.step if isinstance(source, OwnSource) else None
     emit(Restored(path=source.url, process=jax.process_index(), step=step, read_bytes=read_bytes, seconds=seconds))
     return result
 

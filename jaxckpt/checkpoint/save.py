@@ -21,7 +21,7 @@ from jaxckpt.checkpoint.pending import PendingSave
 from jaxckpt.coordination.jax_client import current_coordinator
 from jaxckpt.coordination.session import TIMEOUT_S, Session, session_name
 from jaxckpt.core.errors import InvalidArgumentError
-from jaxckpt.core.events import Captured, SaveSkipped, emit
+from jaxckpt.core.events import Captured, SaveSkipped, StageEnded, emit, is_heard
 from jaxckpt.plan.save import SavePlan, plan_save
 from jaxckpt.storage.url import Location, StorageOptions, location_text, open_store
 from jaxckpt.transfer.capture import MODES, Landing, Mode, capture_tree, capture_waiting
@@ -235,6 +235,9 @@ def begin(what: Request, hold: Hold | None) -> Begun:
         marks = None if session is None else table.marks(described)
         lineage = lineage_record(what.step, what.metadata, what.parents, processes=coordinator.size)
         size = int(plan.load_bytes[rank])
+        if is_heard():
+            seconds = (time.time_ns() - start_ns) / 1e9
+            emit(StageEnded(stage="plan", path=store.url, process=rank, step=what.step, seconds=seconds))
         if hold is None:
             landing = capture_waiting(described.arrays, plan)
         else:

@@ -55,7 +55,12 @@ class Restored:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageEnded:
-    """One stage of an operation ended on this process: ``plan``, ``capture``, ``write``, ``sync``, ``commit`` ..."""
+    """One stage of a save or restore, other than those with events of their own, ended on this process.
+
+    ``plan`` comes first, in a restore too. Then a save has ``sync`` (the files' names are durable), ``extras``, ``wait
+    for all`` (process 0, for the other processes), ``commit`` (metadata and marker) and ``seal`` (a step is listed).
+    Emitted only while somebody listens.
+    """
 
     stage: str
     path: str
@@ -125,6 +130,14 @@ class Preempted:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SaveRequested:
+    """A signal asked for a save: all processes save ``step`` and go on. ``reason`` names the signal."""
+
+    step: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Recovered:
     """Lost pipeline stages were filled in; ``seconds`` until the program was started, compiling included."""
 
@@ -147,6 +160,7 @@ Event = (
     | StepDeleted
     | Swept
     | Preempted
+    | SaveRequested
     | Recovered
 )
 

@@ -17,7 +17,7 @@ from jaxckpt.coordination.coordinator import AbstractCoordinator
 from jaxckpt.coordination.jax_client import current_coordinator, preemption_service
 from jaxckpt.coordination.session import Session, session_name
 from jaxckpt.core.errors import CoordinationError, InvalidArgumentError
-from jaxckpt.core.events import Preempted, emit
+from jaxckpt.core.events import Preempted, SaveRequested, emit
 
 TIMEOUT_S = 60.0
 # How long a thread that listens waits at a time, which delays close() by as much, and what each process adds to it.
@@ -39,13 +39,14 @@ class Notice(Protocol):
         ...
 
 
-def listen(*signals: int, timeout_s: float = TIMEOUT_S) -> Notice:
+def listen(*signals: int, stop: bool = True, timeout_s: float = TIMEOUT_S) -> Notice:
     """Listen for these signals on all processes of the job, SIGTERM by JAX's preemption service where there is one.
 
     Every process calls it, and then ``reached`` with the same increasing steps.
 
     Args:
         signals: SIGTERM if none is given.
+        stop: whether they mean the end of the job, and ``Preempted`` is told; else ``SaveRequested`` is.
         timeout_s: how long to wait for the other processes once a signal has come.
 
     Raises:
@@ -67,8 +68,9 @@ def listen(*signals: int, timeout_s: float = TIMEOUT_S) -> Notice:
         return _ServiceNotice(service)
     if service is not None and signal.SIGTERM in wanted:
         rest = tuple(one for one in wanted if one != signal.SIGTERM)
-        return _Either((_ServiceNotice(service), SignalNotice(rest, current_coordinator(), timeout_s=timeout_s)))
-    return SignalNotice(wanted, current_coordinator(), timeout_s=timeout_s)
+        own = SignalNotice(rest, current_coordinator(), stop=stop, timeout_s=timeout_s)
+        return _Either((_ServiceNotice(service), own))
+    return SignalNotice(wanted, current_coordinator(), stop=stop, timeout_s=timeout_s)
 
 
 @final
@@ -76,10 +78,16 @@ class SignalNotice:
     """Signals of this process, agreed upon with the others through a coordinator."""
 
     def __init__(
-        self, signals: tuple[int, ...], coordinator: AbstractCoordinator, *, timeout_s: float = TIMEOUT_S
+        self,
+        signals: tuple[int, ...],
+        coordinator: AbstractCoordinator,
+        *,
+        stop: bool = True,
+        timeout_s: float = TIMEOUT_S,
     ) -> None:
         self._coordinator = coordinator
         self._timeout_s = timeout_s
+        self._event = Preempted if stop else SaveRequested
         self._names = "preemption/" + "-".join(signal.Signals(one).name for one in signals)
         self._state = threading.Lock()  # held while the processes agree, so that no step begins meanwhile
         self._step: int | None = None
@@ -125,7 +133,7 @@ class SignalNotice:
             if self._agreed is None or self._saved or step < self._agreed:
                 return False
             self._saved = True
-        emit(Preempted(step=step, reason=self._reason))
+        emit(self._event(step=step, reason=self._reason))
         return True
 
     def close(self) -> None:

@@ -195,7 +195,7 @@ class _Listening:
     def __init__(self, trigger: OnSignal) -> None:
         self.stop = trigger.stop
         self._trigger = trigger
-        self._notice: Notice = listen(*trigger.signals, timeout_s=trigger.timeout_s)
+        self._notice: Notice = listen(*trigger.signals, stop=trigger.stop, timeout_s=trigger.timeout_s)
 
     def fires(self, step: int, latest_step: int | None) -> bool:
         fired = self._notice.reached(step)

@@ -13,6 +13,7 @@ from jaxckpt.core.events import (
     Recovered,
     Restored,
     SaveFailed,
+    SaveRequested,
     SaveSkipped,
     StageEnded,
     StepDeleted,
@@ -95,6 +96,8 @@ def describe(event: Event) -> str:
             return f"removed what dead runs left at {event.path}: {', '.join(event.names)}"
         case Preempted():
             return f"preempted ({event.reason}): all processes save step {event.step}"
+        case SaveRequested():
+            return f"asked for a save ({event.reason}): all processes save step {event.step}"
         case Recovered():
             stages = ", ".join(f"{k} from {source}" for k, source in zip(event.stages, event.sources, strict=True))
             at = "" if event.step is None else f" at step {event.step}"

@@ -12,7 +12,7 @@ import pytest
 
 import jaxckpt as jc
 from jaxckpt.core.errors import InvalidArgumentError
-from jaxckpt.core.events import Captured, Committed, emit
+from jaxckpt.core.events import Captured, Committed, Event, Preempted, SaveRequested, emit, subscribe
 from jaxckpt.manager.policies import SaveContext
 from jaxckpt.manager.triggers import Measure, OnSignal, Triggers
 from jaxckpt.testing.processes import run_processes
@@ -48,7 +48,8 @@ def test_sigterm_on_one_of_two_ends_the_loop_of_both_after_one_saved_step(tmp_pa
 def test_each_signal_saves_a_step_and_the_loop_goes_on(tmp_path: Path) -> None:
     signals = {"1": [[5, USR1]], "0": [[150, USR1]]}
     args = {"root": str(tmp_path), "policy": "usr1", "most": 200, "signals": signals}
-    one, two = results = run_processes(f"{PROGRAMS}:train", 2, devices=1, args=args)
+    results: Any = run_processes(f"{PROGRAMS}:train", 2, devices=1, args=args)
+    one, two = results
     assert one["saved"] == two["saved"]
     assert len(one["saved"]) == 2
     assert [r["last"] for r in results] == [200, 200]
@@ -57,7 +58,8 @@ def test_each_signal_saves_a_step_and_the_loop_goes_on(tmp_path: Path) -> None:
 
 def test_the_interval_that_wastes_least_is_the_same_on_all(tmp_path: Path) -> None:
     args = {"root": str(tmp_path), "policy": "optimal", "most": 150, "signals": {}}
-    one, two = run_processes(f"{PROGRAMS}:train", 2, devices=1, args=args)
+    results: Any = run_processes(f"{PROGRAMS}:train", 2, devices=1, args=args)
+    one, two = results
     assert one["saved"] == two["saved"]
     assert one["saved"][0] == 3
     assert len(one["saved"]) > 2
@@ -84,6 +86,19 @@ def test_a_loop_that_asks_first_gets_the_same_answer_again(tmp_path: Path) -> No
             assert wanted == [step in (2, 4)] * 3
         assert not manager.preempted
     assert manager.all_steps() == [2, 4]
+
+
+@pytest.mark.parametrize("stop", [True, False])
+def test_only_a_signal_that_ends_the_job_is_told_as_preemption(tmp_path: Path, stop: bool) -> None:
+    told: list[Event] = []
+    quiet = subscribe(told.append)
+    with jc.CheckpointManager(tmp_path, save=jc.on_signal(signal.SIGUSR1, stop=stop)) as manager:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert manager.save(5, TREE)
+        assert manager.preempted == stop
+    quiet()
+    kinds = [type(event) for event in told if isinstance(event, Preempted | SaveRequested)]
+    assert kinds == [Preempted if stop else SaveRequested]
 
 
 def test_a_forced_save_hears_of_the_signal_too(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from jaxckpt.core.events import (
     Recovered,
     Restored,
     SaveFailed,
+    SaveRequested,
     SaveSkipped,
     StageEnded,
     StepDeleted,
@@ -57,7 +58,12 @@ EXAMPLES: list[tuple[Event, int | None, str]] = [
     ),
     (StepDeleted(path="/c/7", step=7), logging.INFO, "deleted /c/7 (step 7)"),
     (Swept(path="/c", names=("8.tmp", "9.tmp")), logging.INFO, "left at /c: 8.tmp, 9.tmp"),
-    (Preempted(step=7, reason="SIGTERM on process 2"), logging.INFO, "all processes save step 7"),
+    (
+        Preempted(step=7, reason="SIGTERM on process 2"),
+        logging.INFO,
+        "preempted (SIGTERM on process 2): all processes save step 7",
+    ),
+    (SaveRequested(step=7, reason="SIGUSR1 on process 2"), logging.INFO, "asked for a save (SIGUSR1 on process 2)"),
     (
         Recovered(step=7, stages=(1,), sources=("stale",), method="stale", seconds=0.5),
         logging.INFO,
@@ -127,6 +133,20 @@ def test_totals_of_stages(tmp_path: Path) -> None:
     assert 0 < save.longest_s <= save.seconds
     assert save.bytes_per_s == pytest.approx(save.size_bytes / save.seconds)
     assert recorder.total("nothing").bytes_per_s == 0.0
+
+
+def test_every_stage_of_a_save_and_a_restore_is_told(tmp_path: Path) -> None:
+    seen: list[Event] = []
+    stop = subscribe(seen.append)
+    with jc.CheckpointManager(tmp_path) as manager:
+        manager.save(3, TREE, extras={"note": 1})
+        manager.wait()
+        manager.restore(3, jc.on_host)
+    stop()
+    told = [event for event in seen if isinstance(event, StageEnded)]
+    assert [event.stage for event in told] == ["plan", "sync", "extras", "commit", "seal", "plan"]
+    assert {event.step for event in told} == {3}
+    assert all(event.seconds >= 0 and event.process == 0 for event in told)
 
 
 def test_counting_is_safe_from_many_threads() -> None:
