@@ -1,0 +1,75 @@
+"""A pipeline loses a stage's process to SIGKILL and trains on: no checkpoint is read, and no other stage goes back.
+
+python examples/stage_recovery.py FOLDER [--kill STEP:PROCESS[,PROCESS] ...] [--seed 7]
+python examples/stage_recovery.py FOLDER --simulate        (the same in one process with 8 simulated devices)
+
+One process per stage (or --processes 2: per group of them) trains under a supervisor. Each keeps its own part outside
+of itself, in /dev/shm. When one dies, all are launched again: the others bring their parts back as they were, the new
+one starts empty and is filled from the copy of its stage on the next one, an average of its neighbours, or a
+checkpoint, whichever costs least. Writes FOLDER/loss.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from _stage_report import plot, report
+from _stage_supervisor import Supervisor
+
+Losses = list[tuple[int, list[int]]]
+
+
+def main() -> None:
+    args, options = arguments()
+    folder = Path(args.folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    seed = random.randrange(1 << 32) if args.seed is None else args.seed
+    rng = random.Random(seed)
+    kills = args.kill or [f"{rng.randint(8, 30)}:{rng.randrange(args.processes)}"]
+    losses = [(int(step), [int(p) for p in processes.split(",")]) for step, processes in (k.split(":") for k in kills)]
+    print(f"seed {seed}: lost after step: {dict(losses)}", flush=True)
+    facts = simulated(folder, options, losses) if args.simulate else supervised(args.processes, folder, options, losses)
+    for launch, (_, lost) in enumerate(losses):
+        report(facts, launch, lost)
+    plot(facts, folder / "loss.png")
+
+
+def supervised(processes: int, folder: Path, options: list[str], losses: Losses) -> list[dict[str, Any]]:
+    memory = Path(tempfile.mkdtemp(prefix="stages-", dir="/dev/shm" if Path("/dev/shm").is_dir() else None))
+    job = Supervisor(folder=folder, memory=memory, processes=processes, options=options, losses=losses)
+    try:
+        job.run()
+    finally:
+        shutil.rmtree(memory)
+    return job.facts
+
+
+def simulated(folder: Path, options: list[str], losses: Losses) -> list[dict[str, Any]]:
+    os.environ |= {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_NUM_CPU_DEVICES": "8",
+        "XLA_FLAGS": os.environ.get("WORKER_XLA_FLAGS", ""),
+    }
+    from _stage_simulate import simulate
+
+    return simulate(str(folder / "checkpoints"), options, losses)
+
+
+def arguments() -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder")
+    parser.add_argument("--kill", action="append", help="STEP:PROCESS[,PROCESS]; several times for several losses")
+    parser.add_argument("--seed", type=int, help="of the step and the process that --kill does not name")
+    parser.add_argument("--processes", type=int, default=4)
+    parser.add_argument("--simulate", action="store_true", help="in one process, with 8 simulated devices")
+    return parser.parse_known_args()
+
+
+if __name__ == "__main__":
+    main()
