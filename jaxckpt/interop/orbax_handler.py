@@ -18,8 +18,9 @@ import orbax.checkpoint as ocp
 from jax.sharding import NamedSharding, Sharding
 from orbax.checkpoint.future import CommitFutureAwaitingContractedSignals, Future
 
+from jaxckpt.checkpoint.exchange import spans_processes
 from jaxckpt.checkpoint.place import default_sharding, saved_sharding
-from jaxckpt.checkpoint.restore import restore
+from jaxckpt.checkpoint.restore import made_together, restore
 from jaxckpt.checkpoint.save import TIMEOUT_S, Hold, Request, begin
 from jaxckpt.checkpoint.source import Source, open_source
 from jaxckpt.core.dtypes import dtype_of
@@ -86,16 +87,23 @@ class Handler(ocp.AsyncCheckpointHandler):
                 f"transforms were asked for while restoring {path}: restore what is stored, with item=None, and change "
                 "that tree; or restore with ocp.PyTreeCheckpointHandler, which reads the same files."
             )
-        source = open_source(open_store(path))
         item, restore_args = wanted.item, getattr(wanted, "restore_args", None)
+
+        def look() -> Source:
+            return open_source(open_store(path))
+
+        # Where all take part, one that cannot open it must not be waited for.
+        together = _spans_processes(item, restore_args)
+        source = made_together(path, look, timeout_s=self._timeout_s) if together else look()
         fallback = getattr(wanted, "fallback_sharding", None)
         places = _Places(source, restore_args, fallback, by_values=isinstance(wanted, _BY_VALUES))
         if item is None and restore_args is None:
-            return restore(path, None if fallback is None else lambda _, spec: spec.sharding or fallback)
+            choose = None if fallback is None else lambda _, spec: spec.sharding or fallback
+            return restore(path, choose, timeout_s=self._timeout_s)
         if item is None:
             like: PyTree = build(source.structure, lambda leaf: leaf)
             like = rebuild(like, lambda tree_path, _: places.leaf(tree_path, None))
-            return restore(path, like, cast=True, pad=places.pad)
+            return restore(path, like, cast=True, pad=places.pad, timeout_s=self._timeout_s)
         skipped = {leaf.path for leaf in flatten(item)[0] if leaf.value is ...}
         like = rebuild(item, lambda tree_path, value: ... if value is ... else places.leaf(tree_path, value))
         part = getattr(wanted, "transforms", None) is not None  # {}: leaves that are not stored keep their values
@@ -108,6 +116,7 @@ class Handler(ocp.AsyncCheckpointHandler):
             partial=part,
             cast=True,
             pad=places.pad or not getattr(wanted, "strict", True),
+            timeout_s=self._timeout_s,
         )
         if not skipped:
             return found
@@ -262,6 +271,16 @@ def _asked_sharding(asked: Any) -> Sharding | None:
     if asked.mesh is not None and asked.mesh_axes is not None:
         return NamedSharding(asked.mesh, asked.mesh_axes)
     return None
+
+
+def _spans_processes(item: PyTree, restore_args: PyTree) -> bool:
+    """Whether arrays over several processes are asked for."""
+    if jax.process_count() == 1:
+        return False
+    leaves = [_described(leaf) for leaf in jax.tree.leaves(item)]
+    asked = [one for one in jax.tree.leaves(restore_args) if isinstance(one, ocp.ArrayRestoreArgs)]
+    found = [getattr(leaf, "sharding", None) for leaf in leaves] + [_asked_sharding(one) for one in asked]
+    return any(isinstance(one, Sharding) and spans_processes(one) for one in found)
 
 
 def _without(tree: PyTree, skipped: set[tuple[Any, ...]]) -> PyTree:
