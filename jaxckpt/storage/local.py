@@ -215,7 +215,7 @@ class LocalStore(AbstractStore):
                 os.rename(self._path(new), self._path(old))
                 raise
         except OSError as error:
-            raise self._failed("rename", old, error) from error
+            raise self._failed("rename", f"{old} to {new}", error) from error
 
     def sync(self) -> None:
         # One at a time: a thread that finds nothing left to sync may rely on it being done.

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import jaxckpt as jc
+from jaxckpt.core.events import Event, Flushed, subscribe
 from jaxckpt.manager.sweep import FOLDER, Lease, Sweeper
 from jaxckpt.storage.url import open_store
 
@@ -46,6 +47,43 @@ def test_a_half_written_and_a_half_deleted_step_that_no_run_holds_are_swept(tmp_
     half_written(tmp_path, 3)
     assert jc.CheckpointManager(tmp_path).all_steps() == [1]
     assert sorted(path.name for path in tmp_path.iterdir() if path.name != FOLDER) == ["1"]
+
+
+def test_what_was_being_written_or_deleted_beside_a_whole_step_is_swept_unless_a_run_holds_it(tmp_path: Path) -> None:
+    with jc.CheckpointManager(tmp_path) as manager:
+        for step in (1, 2):
+            manager.save(step, TREE)
+    for name in ("2.jaxckpt-tmp", "step_000007.jaxckpt-tmp", "5.jaxckpt-tmp"):
+        jc.save(tmp_path / name / "default", TREE)  # whole below, and never sealed
+    (tmp_path / "mine.jaxckpt-tmp").mkdir()
+    lease = Lease(open_store(tmp_path))
+    lease.hold([5])
+    assert jc.CheckpointManager(tmp_path).all_steps() == [1, 2]
+    names = sorted(path.name for path in tmp_path.iterdir() if path.name != FOLDER)
+    assert names == ["1", "2", "5.jaxckpt-tmp", "mine.jaxckpt-tmp"]
+    lease.release([5])
+    with jc.CheckpointManager(tmp_path) as manager:
+        assert manager.save(5, TREE)
+    assert jc.verify(tmp_path / "5" / "default").ok
+    assert not (tmp_path / "5.jaxckpt-tmp").exists()
+
+
+def test_a_step_that_turns_up_where_one_is_to_be_sealed_is_not_replaced(tmp_path: Path) -> None:
+    manager = jc.CheckpointManager(tmp_path)
+
+    def intrude(event: Event) -> None:
+        if isinstance(event, Flushed) and not (tmp_path / "1").exists():
+            (tmp_path / "1").mkdir()
+            (tmp_path / "1" / "notes.txt").write_text("mine")
+
+    stop = subscribe(intrude)
+    manager.save(1, TREE)
+    with pytest.raises(jc.CheckpointError, match="step 1: Could not rename .* to 1: Directory not empty"):
+        manager.wait()
+    stop()
+    manager.close()
+    assert [path.name for path in tmp_path.iterdir() if path.name != FOLDER] == ["1"]
+    assert (tmp_path / "1" / "notes.txt").read_text() == "mine"
 
 
 def test_what_is_no_part_of_a_step_stays_and_is_not_saved_over(tmp_path: Path) -> None:
