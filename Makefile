@@ -5,6 +5,7 @@
 #   make test-newest  the same tests on the newest Python found and the newest jax, in .venv-newest
 #   make test-slow    the tests marked slow
 #   make test-tpu     every device program, compiled for TPU slices of up to 256 chips (no TPU needed)
+#   make test-tpu-newest  the same with the newest jax and its libtpu
 #   make lint         ruff (rules and format), pyright and shellcheck
 #   make bench        the benchmarks; writes docs/benchmarks.md
 
@@ -20,7 +21,7 @@ PIP_FLAGS := install -qq --disable-pip-version-check --no-input
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-newest test-slow test-tpu lint typecheck format bench clean
+.PHONY: help demo test test-newest test-slow test-tpu test-tpu-newest lint typecheck format bench clean
 
 help:
 	@sed -n '/^#   make /s/^# *//p' Makefile
@@ -40,6 +41,9 @@ test-slow: $(VENV)/.test
 # A process of its own, and a folder of its own: where jax sees libtpu it looks for a TPU.
 test-tpu: $(VENV)/.test $(VENV)/.libtpu
 	PYTHONPATH=$(VENV)/libtpu TPU_SKIP_MDS_QUERY=1 $(VENV)/bin/python -m pytest tests/tpu $(PYTEST_ARGS)
+
+test-tpu-newest: $(NEWEST)/.test $(NEWEST)/.libtpu
+	PYTHONPATH=$(NEWEST)/libtpu TPU_SKIP_MDS_QUERY=1 $(NEWEST)/bin/python -m pytest tests/tpu $(PYTEST_ARGS)
 
 lint: $(VENV)/.lint typecheck
 	$(VENV)/bin/ruff check .
@@ -83,10 +87,10 @@ $(VENV)/.lint: $(VENV)/.created Makefile
 	@touch $@
 
 # The version that the extra jax[tpu] of the installed jax asks for, without what else that extra brings.
-$(VENV)/.libtpu: $(VENV)/.test
-	@wanted="$$($(VENV)/bin/python -c 'import importlib.metadata as m; print(next(r.split(";")[0] for r in m.requires("jax") if r.startswith("libtpu")))')"; \
-	  echo "== Installing $$wanted into $(VENV)/libtpu (about 200 MB, once)"; \
-	  $(VENV)/bin/python -m pip $(PIP_FLAGS) --no-deps --upgrade --target $(VENV)/libtpu "$$wanted"
+$(VENV)/.libtpu $(NEWEST)/.libtpu: %/.libtpu: %/.test
+	@wanted="$$($*/bin/python -c 'import importlib.metadata as m; print(next(r.split(";")[0] for r in m.requires("jax") if r.startswith("libtpu")))')"; \
+	  echo "== Installing $$wanted into $*/libtpu (about 200 MB, once)"; \
+	  $*/bin/python -m pip $(PIP_FLAGS) --no-deps --upgrade --target $*/libtpu "$$wanted"
 	@touch $@
 
 $(NEWEST)/.test: pyproject.toml
