@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,17 @@ MEMORY_BYTES = 1 << 30
 BUCKET_BYTES = 64 << 20  # of stacked leaves that are on their way from host memory to devices
 
 
+class Keys(NamedTuple):
+    """PRNG keys: their data, uint32 [n, words], and their implementation."""
+
+    data: np.ndarray
+    impl: Any
+
+    def typed(self) -> list[jax.Array]:
+        """As objectives take them."""
+        return [jax.random.wrap_key_data(one, impl=self.impl) for one in self.data]
+
+
 class Evaluator(Protocol):
     """What measures candidates."""
 
@@ -28,7 +39,7 @@ class Evaluator(Protocol):
         """Where the checkpoints are."""
         ...
 
-    def __call__(self, objective: Objective, coefficients: Any, keys: jax.Array) -> np.ndarray:
+    def __call__(self, objective: Objective, coefficients: Any, keys: Keys) -> np.ndarray:
         """float64 [P] of coefficients [P, G, K]: the mean over keys [n], which all candidates share."""
         ...
 
@@ -53,22 +64,18 @@ class Resident:
     chunk: int
     placement: str = "device"
 
-    def __call__(self, objective: Objective, coefficients: Any, keys: jax.Array) -> np.ndarray:
+    def __call__(self, objective: Objective, coefficients: Any, keys: Keys) -> np.ndarray:
         """A jitted call for every ``width`` candidates and every key."""
-        data, impl = np.asarray(jax.random.key_data(keys)), jax.random.key_impl(keys)
-        program = Program(objective, self.form, self.chunk, impl)
+        program = Program(objective, self.form, self.chunk, keys.impl)
         blocks = list(_blocks(coefficients, self.width))
         # All are dispatched before the first is waited for.
-        found = [[_scores(program, self.stacked, block, one) for block, _ in blocks] for one in data]
+        found = [[_scores(program, self.stacked, block, one) for block, _ in blocks] for one in keys.data]
         return np.mean([_joined(row, blocks) for row in found], axis=0)
 
-    def slopes(
-        self, objective: Objective, space: Space, y: jax.Array, centre: Any, keys: jax.Array, penalty: Any
-    ) -> Any:
+    def slopes(self, objective: Objective, space: Space, y: jax.Array, centre: Any, keys: Keys, penalty: Any) -> Any:
         """Scores [P] and gradients [P, size] in the search vectors ``y`` [P, size], penalty included."""
-        data, impl = np.asarray(jax.random.key_data(keys)), jax.random.key_impl(keys)
-        program = Program(objective, self.form, 1, impl)
-        return _slopes(program, space, penalty, self.stacked, y, np.asarray(centre, np.float32), data[0])
+        program = Program(objective, self.form, 1, keys.impl)
+        return _slopes(program, space, penalty, self.stacked, y, np.asarray(centre, np.float32), keys.data[0])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,20 +96,19 @@ class Assembled:
     is_jitted: bool
     placement: str
 
-    def __call__(self, objective: Objective, coefficients: Any, keys: jax.Array) -> np.ndarray:
+    def __call__(self, objective: Objective, coefficients: Any, keys: Keys) -> np.ndarray:
         """Each chunk is made once and measured with all keys."""
-        data, impl = np.asarray(jax.random.key_data(keys)), jax.random.key_impl(keys)
-        program = Program(objective, self.form, self.chunk, impl)
+        program = Program(objective, self.form, self.chunk, keys.impl)
         found: list[np.ndarray] = []
         for block, count in _blocks(coefficients, self.chunk):
             leaves = self.make(block)
             if self.is_jitted:
-                rows = [np.asarray(_measured(program, leaves, one), np.float64)[:count] for one in data]
+                rows = [np.asarray(_measured(program, leaves, one), np.float64)[:count] for one in keys.data]
                 found.append(np.mean(rows, axis=0))
             else:
                 for p in range(count):
                     params = self.form.tree([leaf[p] for leaf in leaves])
-                    found.append(np.array([np.mean([called(objective, params, key) for key in keys])]))
+                    found.append(np.array([np.mean([called(objective, params, key) for key in keys.typed()])]))
         return np.concatenate(found)
 
 
@@ -123,17 +129,18 @@ class Streamed:
     is_jitted: bool
     placement: str = "stream"
 
-    def __call__(self, objective: Objective, coefficients: Any, keys: jax.Array) -> np.ndarray:
+    def __call__(self, objective: Objective, coefficients: Any, keys: Keys) -> np.ndarray:
         """Chunk by chunk."""
         wanted = np.asarray(coefficients, np.float64)
         found: list[float] = []
+        typed = keys.typed()
         for first in range(0, len(wanted), self.chunk):
             for params in self.make(wanted[first : first + self.chunk]):
                 if self.is_jitted:
                     leaves = [leaf for leaf in jax.tree.leaves(params) if is_stacked(leaf)]
-                    scores = [float(_one(objective, self.form, leaves, key)) for key in keys]
+                    scores = [float(_one(objective, self.form, leaves, key)) for key in typed]
                 else:
-                    scores = [called(objective, params, key) for key in keys]
+                    scores = [called(objective, params, key) for key in typed]
                 found.append(float(np.mean(scores)))
         return np.array(found, np.float64)
 

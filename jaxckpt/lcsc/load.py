@@ -100,33 +100,39 @@ def stack(read: Callable[[int], Sequence[Any]], last: Sequence[Any], count: int)
     Filled one checkpoint after another: in memory are the stack and one model. Leaves that are not summed are those of
     the last checkpoint, [1, ...].
     """
-    stacked = [_filler(leaf, count)(leaf) if summed(leaf) else leaf[None] for leaf in last]
+    places = [i for i, leaf in enumerate(last) if summed(leaf)]
+    summed_leaves = [last[i] for i in places]
+    filled = _room(count, tuple(_stacked_sharding(leaf) for leaf in summed_leaves))(summed_leaves)
     for k in range(count - 1):
-        for i, leaf in enumerate(read(k)):
-            if summed(leaf):
-                stacked[i] = _put(stacked[i], leaf, k)
+        found = read(k)
+        filled = _put(filled, [found[i] for i in places], k)
+    stacked = [leaf[None] if i not in places else leaf for i, leaf in enumerate(last)]
+    for i, leaf in zip(places, filled, strict=True):
+        stacked[i] = leaf
     return stacked
 
 
-def _filler(leaf: jax.Array, count: int) -> Callable[[jax.Array], jax.Array]:
-    """Makes room for ``count`` of a leaf, and fills the last place."""
+def _stacked_sharding(leaf: jax.Array) -> Any:
     sharding = leaf.sharding
     if isinstance(sharding, NamedSharding):
-        sharding = NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec))
-    return _room(count, sharding)
+        return NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec))
+    return sharding
 
 
-@lru_cache(maxsize=256)
-def _room(count: int, sharding: Any) -> Callable[[jax.Array], jax.Array]:
-    def make(leaf: jax.Array) -> jax.Array:
-        return jnp.zeros((count, *leaf.shape), leaf.dtype).at[count - 1].set(leaf)
+@lru_cache(maxsize=64)
+def _room(count: int, shardings: tuple[Any, ...]) -> Callable[[list[jax.Array]], list[jax.Array]]:
+    """Makes room for ``count`` of each leaf, and fills the last place."""
 
-    return jax.jit(make, out_shardings=sharding)
+    def make(leaves: list[jax.Array]) -> list[jax.Array]:
+        return [jnp.zeros((count, *leaf.shape), leaf.dtype).at[count - 1].set(leaf) for leaf in leaves]
+
+    return jax.jit(make, out_shardings=list(shardings))
 
 
 @partial(jax.jit, donate_argnums=0)
-def _put(stacked: jax.Array, leaf: jax.Array, k: Any) -> jax.Array:
-    return jax.lax.dynamic_update_index_in_dim(stacked, leaf, k, 0)
+def _put(stacked: list[jax.Array], leaves: list[jax.Array], k: Any) -> list[jax.Array]:
+    found = zip(stacked, leaves, strict=True)
+    return [jax.lax.dynamic_update_index_in_dim(stack, leaf, k, 0) for stack, leaf in found]
 
 
 def _read(sources: Sequence[Source], how: dict[str, Any], k: int) -> PyTree:

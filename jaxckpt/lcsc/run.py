@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from jaxckpt.core.errors import InvalidArgumentError
-from jaxckpt.lcsc.evaluate import Objective
+from jaxckpt.lcsc.evaluate import Keys, Objective
 from jaxckpt.lcsc.progress import Advance, Watch
 from jaxckpt.lcsc.selection import Penalty
 from jaxckpt.lcsc.space import Space
@@ -21,7 +21,7 @@ PyTree = Any
 
 L1_SHARE = 0.1  # of the best profile's score: what a sum of magnitudes of one above one costs, unless said
 GRADIENT_COST = 3  # evaluations that one value and gradient counts as
-_STARTING, _ASKING, _NOISE, _TELLING, FINAL, _PROFILES = range(6)  # what a key is for
+_STARTING, _ASKING, _NOISE, _TELLING, _FINAL, _PROFILES = range(6)  # what a key is for
 
 
 @dataclass(slots=True)
@@ -71,7 +71,7 @@ class Run:
 
     def begin(self, state: State) -> State:
         """The best profile becomes the centre; the first population is the profiles, then points around the centre."""
-        scores = self.measured(self.objective, self.first, self.use(_PROFILES)[None])
+        scores = self.measured(self.objective, self.first, self.use(_PROFILES))
         scores = scores + Penalty(self.l1_penalty or 0.0, self.negative_penalty)(self.first)
         if not np.isfinite(scores).any():
             raise InvalidArgumentError(
@@ -80,7 +80,8 @@ class Run:
             )
         order = np.argsort(np.where(np.isnan(scores), np.inf, scores), kind="stable")
         centre = self.first[order[0]]
-        around = np.array(jax.random.normal(self.use(_STARTING, 1), (self.width, self.space.size)))
+        seed = self.use(_STARTING, number=1).data.ravel().tolist()
+        around = np.random.default_rng(seed).standard_normal((self.width, self.space.size), np.float32)
         known = self.space.vector(self.first[order][: self.width], centre)
         around[: len(known)] = known
         return replace(state, centre=centre, profiles=scores, strategy=_start(self.strategy, self.key, around))
@@ -92,7 +93,7 @@ class Run:
         population, inner = _ask(self.strategy, later, self.key, now, state.strategy)
         candidates = np.asarray(population)
         points = self.space.coefficients(candidates, state.centre)
-        keys = self.use(_NOISE, 0 if self.is_fixed else now)[None]
+        keys = self.use(_NOISE, number=0 if self.is_fixed else now)
         penalty, slopes = self.penalty(state), None
         if self.strategy.uses_gradient:
             started = time.perf_counter()
@@ -156,21 +157,42 @@ class Run:
                 found[f"seen {i + 1}"] = self.space.coefficients(state.best[i], state.centre)
         return found
 
-    def measured(self, what: Objective, points: np.ndarray, keys: jax.Array) -> np.ndarray:
+    def measured(self, what: Objective, points: np.ndarray, keys: Keys) -> np.ndarray:
         """Scores [P], on the clock."""
         started = time.perf_counter()
         found = self.evaluate(what, points, keys)
         self.clock.seconds += time.perf_counter() - started
         return found
 
-    def use(self, purpose: int, number: int = 0) -> jax.Array:
-        """The key of this purpose and generation."""
-        return _use(self.key, purpose, number)
+    def use(self, purpose: int, count: int = 1, number: int = 0) -> Keys:
+        """Keys for this purpose: ``count`` of them, numbered from ``number``."""
+        data = [np.asarray(_key_data(self.key, purpose, number + i)) for i in range(count)]
+        return Keys(np.stack(data), jax.random.key_impl(self.key))
+
+    def final_keys(self, draws: int) -> tuple[Keys, Keys, Keys]:
+        """Keys of the final scores: for the objective, the guard and the held-out metric."""
+        first, second, third = (self.use(_FINAL, draws, i * draws) for i in range(3))
+        return first, second, third
+
+    def warm(self) -> None:
+        """Compile the strategy's programs, on nothing."""
+        if self.strategy.uses_gradient:
+            return
+        none = np.zeros((self.width, self.space.size), np.float32)
+        state = _start(self.strategy, self.key, none)
+        for later in (0, 1) if self.strategy.is_first_apart else (1,):
+            population, inner = _ask(self.strategy, later, self.key, 0, state)
+            state = _tell(self.strategy, later, self.key, 0, inner, np.asarray(population), none[:, 0], None)
+            self.mean(jax.device_get(state))
+
+
+def _use(key: jax.Array, purpose: Any, number: Any) -> jax.Array:
+    return jax.random.fold_in(jax.random.fold_in(key, purpose), number)
 
 
 @jax.jit
-def _use(key: jax.Array, purpose: Any, number: Any) -> jax.Array:
-    return jax.random.fold_in(jax.random.fold_in(key, purpose), number)
+def _key_data(key: jax.Array, purpose: Any, number: Any) -> jax.Array:
+    return jax.random.key_data(_use(key, purpose, number))
 
 
 # Each step of a strategy is one program: op by op, small ones take longer to start than to run. Results go to the host

@@ -7,6 +7,7 @@ import json
 import operator
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
 import jax
@@ -24,7 +25,7 @@ from jaxckpt.lcsc.load import Placement, make_evaluator, with_products
 from jaxckpt.lcsc.merge import Lora
 from jaxckpt.lcsc.progress import Line, Watch, watcher
 from jaxckpt.lcsc.report import Report, Result
-from jaxckpt.lcsc.run import FINAL, GRADIENT_COST, Clock, Run
+from jaxckpt.lcsc.run import GRADIENT_COST, Clock, Run
 from jaxckpt.lcsc.selection import concerns, select
 from jaxckpt.lcsc.space import Kind, Space, profiles
 from jaxckpt.lcsc.state import Saver, State, read
@@ -219,8 +220,7 @@ def search(
     chosen, rows = select(
         run.finalists(now, finalists),
         {"last": last, "uniform": uniform},
-        key=jax.random.fold_in(root, FINAL),
-        draws=draws,
+        keys=run.final_keys(draws),
         objective=measure(validation or objective),
         guard=measure(guard),
         held_out=measure(held_out),
@@ -253,16 +253,16 @@ def _searched(
     run: Run, watch: Watch | None, began: float, path: str | None, settings: dict[str, Any], storage: Any
 ) -> State:
     """The state after the last generation; each is on storage before the next but one begins."""
-    now = run.empty()
-    saved = None if path is None else read(path, now, settings, storage)
+    with ThreadPoolExecutor(1, thread_name_prefix="jaxckpt-search") as pool:
+        compiled = pool.submit(run.warm)  # while the objective's program compiles
+        now = run.empty()
+        saved = None if path is None else read(path, now, settings, storage)
+        now = run.begin(now) if saved is None else saved
+        compiled.result()
     saver = None if path is None else Saver(path, settings, storage)
     try:
-        if saved is None:
-            now = run.begin(now)
-            if saver is not None:
-                saver.save(now)
-        else:
-            now = saved
+        if saver is not None and saved is None:
+            saver.save(now)
         while now.generation < run.generations:
             now = run.advance(now, watch, began)
             if saver is not None:

@@ -1,12 +1,13 @@
 """Honest selection: finalists scored again on fresh noise, beside a guard metric and held-out data."""
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import jax
 import numpy as np
+
+from jaxckpt.lcsc.evaluate import Keys
 
 LARGE_L1 = 5.0  # rounding of stored weights, amplified by such coefficients, costs a digit
 
@@ -51,30 +52,29 @@ class Penalty:
         return (self.l1 * (abs(above) + above) / 2 + self.negative * negative).mean(-1)
 
 
-Measure = Callable[[np.ndarray, jax.Array], np.ndarray]  # coefficients [P, G, K], keys -> [P]
+Measure = Callable[[np.ndarray, Keys], np.ndarray]  # coefficients [P, G, K], keys -> [P]
 
 
 def select(
     finalists: Mapping[str, np.ndarray],
     references: Mapping[str, np.ndarray],
     *,
-    key: jax.Array,
-    draws: int,
+    keys: Sequence[Keys],
     objective: Measure,
     guard: Measure | None,
     held_out: Measure | None,
     penalty: Penalty,
 ) -> tuple[Row, list[Row]]:
-    """The finalist with the lowest score on ``draws`` draws that no generation has seen, and all rows.
+    """The finalist with the lowest score on draws that no generation has seen, and all rows.
 
-    Guard and held-out values are reported and choose nothing. References are only reported.
+    ``keys`` are for the objective, the guard and the held-out metric. Guard and held-out values are
+    reported and choose nothing. References are only reported.
     """
     everyone = {**finalists, **references}
     points = np.stack(list(everyone.values()))
-    noise, guard_key, held_key = jax.random.split(key, 3)
-    scores = objective(points, jax.random.split(noise, draws)) + penalty(points)
-    guards = None if guard is None else guard(points, jax.random.split(guard_key, draws))
-    helds = None if held_out is None else held_out(points, jax.random.split(held_key, draws))
+    scores = objective(points, keys[0]) + penalty(points)
+    guards = None if guard is None else guard(points, keys[1])
+    helds = None if held_out is None else held_out(points, keys[2])
     rows = [
         Row(
             name=name,

@@ -115,7 +115,7 @@ def test_groups_are_found_by_name_in_dicts_that_are_not_sorted() -> None:
     def only_z(params: Any, key: jax.Array) -> Any:
         return ((params["z"]["w"] - TREES[1]["z"]["w"]) ** 2).sum() + ((params["a"] - TREES[3]["a"]) ** 2).sum()
 
-    found = lcsc.search(TREES, only_z, groups=("z", "*"), budget=807, scale=0.3)
+    found = lcsc.search(TREES, only_z, groups=("z", "*"), budget=807, scale=0.3, l1_penalty=0.0)
     assert found.coefficients.argmax(1).tolist() == [1, 3]
     assert found.report.row(found.report.chosen).score < 0.05 * found.report.row("profile").score
 
@@ -236,7 +236,7 @@ def test_cut_products_are_the_nearest_of_their_rank(xp: Any, rank: int) -> None:
 
 @pytest.mark.parametrize("placement", ["device", "host"])
 def test_products_reach_what_factors_cannot(placement: Any) -> None:
-    how: dict[str, Any] = {"budget": 807, "scale": 0.2, "placement": placement}
+    how: dict[str, Any] = {"budget": 807, "scale": 0.2, "placement": placement, "l1_penalty": 0.0}
     exact = lcsc.search(ADAPTERS, near, lora=lcsc.Lora(rank="exact"), **how)
     factors = lcsc.search(ADAPTERS, near, lora=lcsc.Lora(space="factors"), **how)
     assert exact.report.row(exact.report.chosen).score < 0.05 * factors.report.row(factors.report.chosen).score
@@ -247,7 +247,7 @@ def test_products_reach_what_factors_cannot(placement: Any) -> None:
 
 
 def test_cut_products_keep_the_form_and_are_what_was_scored() -> None:
-    found = lcsc.search(ADAPTERS, near, lora=lcsc.Lora(), budget=407)
+    found = lcsc.search(ADAPTERS, near, lora=lcsc.Lora(), budget=407, l1_penalty=0.0)
     assert jax.tree.map(jnp.shape, found.params) == jax.tree.map(jnp.shape, ADAPTERS[0])
     chosen = found.report.row(found.report.chosen)
     assert float(near(found.params, jax.random.key(0))) == pytest.approx(chosen.score, rel=1e-4)
