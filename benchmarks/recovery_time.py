@@ -65,8 +65,8 @@ def small(layers: int, embed: int) -> LlamaConfig:
 
 
 PAPER = PIPELINE_PRESETS["checkfree_124m"].model
-FULL = Sizes(PAPER, True, 5, small(8, 128), 32, 64, 16, 5)
-QUICK = Sizes(replace(PAPER, vocab=4096, layers=4), True, 3, small(8, 64), 16, 32, 8, 5)
+FULL = Sizes(PAPER, True, 5, small(4, 128), 16, 64, 16, 7)
+QUICK = Sizes(replace(PAPER, vocab=4096, layers=4), True, 3, small(4, 64), 16, 32, 8, 5)
 TINY = Sizes(small(4, 32), True, 1, small(4, 16), 4, 8, 4, 1)
 
 
@@ -229,17 +229,16 @@ def arm(sizes: Sizes, mesh: Any, parts: Parts) -> Callable[[int], Mapping[str, f
     def update(state: dict[str, Any], tokens: jax.Array) -> dict[str, Any]:
         params = state["params"]
         grads = jax.grad(partial(pipeline_loss, config, mesh))(params, tokens)
-        new = dict(state)
-        if parts.copies:
-            new["copies"] = refresh_copies(
-                state["copies"], {"stages": params["stages"]}, state["step"], layout, mesh, every=EVERY
-            )
+        new = state | {"step": state["step"] + 1}
         if parts.norms:
             new["norms"] = update_norms(state["norms"], grads, layout)
         with jax.numpy_dtype_promotion("standard"):
             updates, new["opt_state"] = tx.update(grads, state["opt_state"], params)
             new["params"] = optax.apply_updates(params, updates)
-        return new | {"step": state["step"] + 1}
+        if parts.copies:  # of the new weights: the old ones are overwritten
+            stages = {"stages": new["params"]["stages"]}
+            new["copies"] = refresh_copies(state["copies"], stages, new["step"], layout, mesh, every=EVERY)
+        return new
 
     params = jax.jit(partial(init_params, config), out_shardings=param_shardings(config, mesh))(jax.random.key(0))
     home = NamedSharding(mesh, P())

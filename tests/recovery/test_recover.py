@@ -70,6 +70,36 @@ def test_stacked_stage_is_the_weighted_average(power: int, stage_devices: int, l
 
 
 @pytest.mark.parametrize("power", [1, 2])
+@pytest.mark.parametrize("lost", [1, 2])
+def test_axes_within_a_stage_keep_their_shards(power: int, lost: int) -> None:
+    """Stages on two devices, each leaf split over fsdp and tensor axes: only neighbours' shards travel."""
+    mesh = jax.make_mesh((2, 2, 2), ("stage", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+    specs = {
+        "query": P("stage", None, "fsdp", "tensor"),
+        "out": P("stage", None, ("tensor", "fsdp")),
+        "norm": P("stage"),
+    }
+    shapes = {"query": (4, 2, 16, 8), "out": (4, 2, 16, 4), "norm": (4, 2, 16)}
+    rng = np.random.default_rng(0)
+    w = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    norms = np.asarray([0.3, 1.7, 0.011, 2.5], np.float32)
+    state = {"stages": {n: put(poison(x, lost), mesh, *specs[n]) for n, x in w.items()}}
+    homes = {n: x.sharding for n, x in state["stages"].items()}
+    plan = plan_recovery(lost, PLAIN, policy=RecoveryPolicy(power=power))
+    text = lower_recovery(state, plan, mesh, norms=jnp.asarray(norms)).compile().as_text()
+    assert set(re.findall(r"= \S+ (all-\w+|reduce-scatter|collective-\w+)(?:-start)?\(", text)) == {
+        "collective-permute"
+    }
+    new = recover_stage(state, plan, mesh, norms=jnp.asarray(norms))["stages"]
+    for name, x in w.items():
+        assert new[name].sharding.is_equivalent_to(homes[name], x.ndim)
+        have = np.asarray(new[name])
+        assert_one_ulp(have[lost], oracle(x[lost - 1], x[lost + 1], norms[lost - 1], norms[lost + 1], power))
+        others = [s for s in range(4) if s != lost]
+        np.testing.assert_array_equal(have[others], x[others])
+
+
+@pytest.mark.parametrize("power", [1, 2])
 @pytest.mark.parametrize("lost", range(4))
 def test_circular_blocks_average_their_logical_neighbours(power: int, lost: int) -> None:
     mesh = mesh_of()
@@ -214,6 +244,22 @@ def test_a_stale_copy_brings_back_the_lost_stage_alone() -> None:
     np.testing.assert_array_equal(have[[0, 1, 3]], w[[0, 1, 3]] + 100)
     assert isinstance(heard[0], Recovered)
     assert heard[0].stages == (2,)
+
+
+def test_taking_copies_of_the_new_weights_copies_nothing_in_other_steps() -> None:
+    mesh = mesh_of()
+    w = put(np.ones((4, 64, 64), np.float32), mesh, "stage", "fsdp")
+    copies = init_copies({"stages": w}, PLAIN, mesh)
+
+    def step(w: Any, copies: Any, step: Any) -> Any:
+        new = w - 0.1 * jnp.sin(w)
+        return new, refresh_copies(copies, {"stages": new}, step + 1, PLAIN, mesh, every=10)
+
+    homes = jax.tree.map(lambda x: x.sharding, (w, copies))
+    program = jax.jit(step, donate_argnums=(0, 1), out_shardings=homes).lower(w, copies, jnp.int32(3)).compile()
+    memory = program.memory_analysis()
+    assert memory is not None
+    assert memory.temp_size_in_bytes < 64 * 64 * 4 // 2  # of one device: half of a stage
 
 
 @pytest.mark.parametrize(("lost", "partner"), [(0, 1), (3, 2)])
