@@ -34,7 +34,8 @@ def refresh_copies(
     """In the training step: take the copy anew where ``step`` is a multiple of ``every``, else keep it.
 
     Pass what the step ends with, the new weights, and the number of updates that they had. With the old ones, which the
-    update overwrites, XLA copies all of them in every step, whether a copy is taken or not. After a recovery call it with ``every=1``: the lost stage also held its neighbour's copy.
+    update overwrites, XLA copies all of them in every step, whether a copy is taken or not.
+    After a recovery call it with ``every=1``: the lost stage also held its neighbour's copy.
     """
     step = jnp.asarray(step, jnp.int32)
     return jax.lax.cond(
