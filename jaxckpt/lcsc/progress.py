@@ -12,7 +12,10 @@ from jaxckpt.core.errors import InvalidArgumentError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Advance:
-    """A generation ended: ``best`` and ``mean`` of its noisy fitness, ``evaluations`` so far, of ``budget``."""
+    """A generation ended: ``best`` and ``mean`` of its noisy fitness, ``evaluations`` so far, of ``budget``.
+
+    ``objective_seconds`` of its ``seconds`` were spent in evaluation.
+    """
 
     generation: int
     evaluations: int
@@ -20,6 +23,7 @@ class Advance:
     best: float
     mean: float
     seconds: float
+    objective_seconds: float
 
 
 Watch = Callable[[Advance], None]

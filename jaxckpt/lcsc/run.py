@@ -122,6 +122,7 @@ class Run:
                     best=float(ranked.min()),
                     mean=float(finite.mean()) if len(finite) else math.nan,
                     seconds=time.perf_counter() - began,
+                    objective_seconds=self.clock.seconds,
                 )
             )
         return replace(

@@ -1,0 +1,102 @@
+"""Claims about searches that were killed, or go on for longer: their results are those of one that ran through."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxckpt as jc
+from jaxckpt import lcsc
+from jaxckpt.core.errors import MismatchError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+TREES = [{"w": jnp.array([float(i), i * i / 2.0])} for i in range(4)]
+
+
+def loss(p: Any, key: jax.Array) -> jax.Array:
+    return ((p["w"] - 1.7) ** 2).sum() * (1 + 0.1 * jax.random.normal(key, ()))
+
+
+@pytest.mark.parametrize("strategy", lcsc.names())
+def test_a_search_with_a_larger_budget_goes_on_as_if_it_had_had_it(tmp_path: Path, strategy: str) -> None:
+    state = str(tmp_path / "state")
+    how: dict[str, Any] = {"strategy": strategy, "population": 4, "draws": 2}
+    lcsc.search(TREES, loss, budget=7 + 3 * 4, state=state, **how)
+    seen: list[int] = []
+    longer = lcsc.search(
+        TREES, loss, budget=7 + 5 * 4, state=state, progress=lambda one: seen.append(one.generation), **how
+    )
+    whole = lcsc.search(TREES, loss, budget=7 + 5 * 4, **how)
+    assert seen == ([5, 6] if strategy == "gradient" else [4, 5])  # a gradient counts as three evaluations
+    assert longer.report.fitness.tobytes() == whole.report.fitness.tobytes()
+    assert longer.report.path.tobytes() == whole.report.path.tobytes()
+    assert longer.coefficients.tobytes() == whole.coefficients.tobytes()
+    assert np.asarray(longer.params["w"]).tobytes() == np.asarray(whole.params["w"]).tobytes()
+
+
+def test_a_search_that_ended_is_not_run_again(tmp_path: Path) -> None:
+    how: dict[str, Any] = {"strategy": "evolution", "budget": 7 + 2 * 16, "state": str(tmp_path / "state")}
+    first = lcsc.search(TREES, loss, **how)
+    again = lcsc.search(TREES, loss, progress=lambda _: pytest.fail("a generation was run"), **how)
+    assert again.coefficients.tobytes() == first.coefficients.tobytes()
+
+
+def test_other_checkpoints_are_another_search(tmp_path: Path) -> None:
+    for i, tree in enumerate(TREES):
+        jc.save(tmp_path / f"{i}", tree)
+    paths = [tmp_path / f"{i}" for i in range(4)]
+    how: dict[str, Any] = {"strategy": "evolution", "budget": 7 + 16, "state": str(tmp_path / "state")}
+    lcsc.search(paths, loss, **how)
+    jc.save(tmp_path / "moved", TREES[0])  # the same content elsewhere is the same checkpoint
+    lcsc.search([tmp_path / "moved", *paths[1:]], loss, **how)
+    with pytest.raises(MismatchError, match=r"sources\[0\] was 'crc32c"):
+        lcsc.search([paths[1], *paths[1:]], loss, **how)
+    with pytest.raises(MismatchError, match="record was {} and is {'nfe': 2}"):
+        lcsc.search(paths, loss, record={"nfe": 2}, **how)
+
+
+PROGRAM = """
+import os, signal, sys
+import jax, jax.numpy as jnp
+from jaxckpt import lcsc
+from jaxckpt.core.events import subscribe
+trees = [{"w": jnp.array([float(i), i * i / 2.0])} for i in range(4)]
+what, count = sys.argv[2], int(sys.argv[3])
+seen = 0
+def look(event):
+    global seen
+    seen += type(event).__name__ == what
+    if seen == count:
+        os.kill(os.getpid(), signal.SIGKILL)
+subscribe(look)
+def loss(p, key):
+    return ((p["w"] - 1.7) ** 2).sum() * (1 + 0.1 * jax.random.normal(key, ()))
+how = {"strategy": "evolution", "budget": 7 + 10 * 8, "population": 8}
+found = lcsc.search(trees, loss, state=sys.argv[1], progress=look, **how)
+print(found.report.fitness.tobytes().hex(), found.coefficients.tobytes().hex(), found.params["w"].tolist())
+"""
+KILLS = [("Advance", 1), ("Captured", 2), ("Flushed", 3), ("Committed", 1), ("StageEnded", 9)]
+
+
+@pytest.mark.timeout(300)
+def test_kills_at_every_stage_of_a_save_change_no_bit(tmp_path: Path) -> None:
+    """One after the other, on one state: after a generation, within a save, right after one."""
+
+    def run(state: str, what: str, count: int) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", PROGRAM, str(tmp_path / state), what, str(count)]
+        return subprocess.run(command, capture_output=True, text=True, check=False, timeout=100)
+
+    for what, count in KILLS:
+        killed = run("killed", what, count)
+        assert killed.returncode == -9, (what, killed.stdout, killed.stderr)
+    resumed, whole = run("killed", "none", 1), run("whole", "none", 1)
+    assert whole.returncode == resumed.returncode == 0, resumed.stderr
+    assert resumed.stdout == whole.stdout
