@@ -21,7 +21,7 @@ def simulate(folder: str, options: list[str], losses: list[tuple[int, list[int]]
     """Trains, losing stages as ``losses`` says: (step, stages). Returns what workers would have told."""
     args = arguments().parse_args([folder, *options])
     facts: list[dict[str, Any]] = []
-    trainer = Trainer(args.stages, swap=args.swap, copy_every=args.copy_every)
+    trainer = Trainer(args.stages, args.preset, swap=args.swap, copy_every=args.copy_every)
     held_out = text.eval_batch(batch=32, length=32)
     run, log, step, launch = trainer.begin(), RecoveryLog(), 0, 0
     subscribe(lambda event: print(event) if isinstance(event, Recovered) else None)
@@ -37,7 +37,7 @@ def simulate(folder: str, options: list[str], losses: list[tuple[int, list[int]]
 
     look("ready")
     while step < args.steps:
-        run, _ = trainer.step(run, train_batch(step + 1), np.int32(step))
+        run, _ = trainer.step(run, train_batch(trainer, step + 1), np.int32(step))
         step += 1
         look("step")
         if step % args.save_every == 0:

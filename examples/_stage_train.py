@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from jaxckpt.recovery.copies import NeighbourCopies, refresh_copies
 from jaxckpt.recovery.layout import Stacked, StageLayout
@@ -18,6 +19,7 @@ from jaxckpt.recovery.norms import StageNorms, init_norms, update_norms
 from jaxckpt.recovery.optimizer import scale_by_stage_lr, stage_optimizer
 from models.llama import LlamaConfig
 from models.pipeline import PipelineConfig, init_params, pipeline_loss
+from models.presets import PIPELINE_PRESETS
 
 
 class Run(NamedTuple):
@@ -33,6 +35,7 @@ class Trainer:
     """Process p of P holds stages p * S / P and on. Devices beyond one per stage are data parallel."""
 
     stages: int
+    preset: str | None = None
     swap: bool = False
     copy_every: int = 5
 
@@ -47,7 +50,8 @@ class Trainer:
 
     @cached_property
     def config(self) -> PipelineConfig:
-        model = LlamaConfig(embed=64, mlp=256, layers=self.stages, heads=4, kv_heads=4, tied=False)
+        tiny = LlamaConfig(embed=64, mlp=256, layers=self.stages, heads=4, kv_heads=4, tied=False)
+        model = PIPELINE_PRESETS[self.preset].model if self.preset else tiny
         return PipelineConfig(model=model, stages=self.stages, microbatches=4, swap=self.swap)
 
     @cached_property
@@ -67,8 +71,7 @@ class Trainer:
         def one(path: Any, x: Any) -> jax.ShapeDtypeStruct:
             name = jax.tree_util.keystr(path, simple=True, separator=".")
             staged = name.startswith("norms") or self.layout.placement(name).kind == "stacked"
-            spec = PartitionSpec("stage") if staged else PartitionSpec()
-            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(self.mesh, spec))
+            return x.update(sharding=NamedSharding(self.mesh, P("stage") if staged else P()))
 
         return jax.tree_util.tree_map_with_path(one, jax.eval_shape(self.make))
 
@@ -76,15 +79,13 @@ class Trainer:
         return jax.jit(self.make, out_shardings=jax.tree.map(lambda x: x.sharding, self.abstract))()
 
     @cached_property
-    def step(self) -> Any:
-        """(run, tokens, steps done) -> (run, loss). The run is donated."""
+    def step(self) -> Any:  # (run, tokens, steps done) -> (run, loss); the run is donated
         shardings = jax.tree.map(lambda x: x.sharding, self.abstract)
-        return jax.jit(
-            self._step, donate_argnums=0, out_shardings=(shardings, NamedSharding(self.mesh, PartitionSpec()))
-        )
+        return jax.jit(self._step, donate_argnums=0, out_shardings=(shardings, NamedSharding(self.mesh, P())))
 
     def _step(self, run: Run, tokens: jax.Array, done: jax.Array) -> tuple[Run, jax.Array]:
         params = run.state["params"]
+        tokens = jax.lax.with_sharding_constraint(tokens, NamedSharding(self.mesh, P("data")))
         loss, grads = jax.value_and_grad(partial(pipeline_loss, self.config, self.mesh))(params, tokens)
         with jax.numpy_dtype_promotion("standard"):
             updates, opt_state = self.tx.update(grads, run.state["opt_state"], params)
@@ -94,6 +95,5 @@ class Trainer:
         return Run(new, update_norms(run.norms, grads, self.layout), copies), loss
 
     @cached_property
-    def loss(self) -> Any:
-        """(parameters, tokens) -> loss."""
+    def loss(self) -> Any:  # (parameters, tokens) -> loss
         return jax.jit(partial(pipeline_loss, self.config, self.mesh))

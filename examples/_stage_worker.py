@@ -23,6 +23,7 @@ import jaxckpt as jc
 from jaxckpt.core.errors import InvalidArgumentError
 from jaxckpt.core.events import Recovered, subscribe
 from models import text
+from models.presets import PIPELINE_PRESETS
 
 CANNOT_GO_ON = 2  # exit code: another launch would fail in the same way
 
@@ -32,7 +33,7 @@ def main() -> None:
     jax.config.update("jax_compilation_cache_dir", args.cache)  # the next launch compiles little
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.distributed.initialize(args.coordinator, args.processes, args.process, heartbeat_timeout_seconds=10)
-    trainer = Trainer(args.stages, swap=args.swap, copy_every=args.copy_every)
+    trainer = Trainer(args.stages, args.preset, swap=args.swap, copy_every=args.copy_every)
     memory = HostMemory(Path(args.memory) / str(jax.process_index()))
     subscribe(lambda event: tell("event", text=str(event)) if isinstance(event, Recovered) else None)
     run, done, log = resume(args, trainer, memory, tell)
@@ -40,7 +41,7 @@ def main() -> None:
     loss = float(trainer.loss(run.state["params"], held_out))
     for step in range(done, args.steps + 1):
         if step > done:
-            run, _ = trainer.step(run, train_batch(step), np.int32(step - 1))
+            run, _ = trainer.step(run, train_batch(trainer, step), np.int32(step - 1))
             loss = float(trainer.loss(run.state["params"], held_out))
         memory.write(step, run, {"taken": int(run.copies.taken), "log": log.metadata()})
         tell("step" if step > done else "ready", step=step, bits=bits(shards(run.state)), held_out=loss)
@@ -49,8 +50,8 @@ def main() -> None:
     jax.distributed.shutdown()
 
 
-def train_batch(step: int) -> np.ndarray:
-    return text.train_batch(seed=0, step=step, batch=16, length=32)
+def train_batch(trainer: Trainer, step: int) -> np.ndarray:
+    return text.train_batch(seed=0, step=step, batch=16 * trainer.mesh.shape["data"], length=32)
 
 
 def tell(kind: str, **facts: Any) -> None:
@@ -66,6 +67,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--cache", default="/tmp/stages-compiled", help="folder for compiled programs")
     for name, default in (("stages", 4), ("steps", 40), ("save-every", 10), ("copy-every", 5)):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--preset", choices=sorted(PIPELINE_PRESETS), help="of models; without it a tiny one")
     parser.add_argument("--swap", action="store_true", help="half of the microbatches out of order, as in CheckFree+")
     parser.add_argument("--no-copies", action="store_true", help="do as if no stage had a copy")
     parser.add_argument("--source", help="where a lost stage comes from; without it the cheapest is chosen")

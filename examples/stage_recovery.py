@@ -12,6 +12,7 @@ checkpoint, whichever costs least. Writes FOLDER/loss.png.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import random
 import shutil
@@ -28,6 +29,8 @@ Losses = list[tuple[int, list[int]]]
 def main() -> None:
     args, options = arguments()
     folder = Path(args.folder)
+    if (folder / "facts.jsonl").exists():
+        raise SystemExit(f"{folder} holds a run already: give another folder.")
     folder.mkdir(parents=True, exist_ok=True)
     seed = random.randrange(1 << 32) if args.seed is None else args.seed
     rng = random.Random(seed)
@@ -35,6 +38,7 @@ def main() -> None:
     losses = [(int(step), [int(p) for p in processes.split(",")]) for step, processes in (k.split(":") for k in kills)]
     print(f"seed {seed}: lost after step: {dict(losses)}", flush=True)
     facts = simulated(folder, options, losses) if args.simulate else supervised(args.processes, folder, options, losses)
+    (folder / "facts.jsonl").write_text("".join(json.dumps(fact) + "\n" for fact in facts))
     for launch, (_, lost) in enumerate(losses):
         report(facts, launch, lost)
     plot(facts, folder / "loss.png")

@@ -13,7 +13,7 @@ dry_run=false
 known_options="name=NAME project=PROJECT zone=ZONE accelerator=ACCELERATOR runtime=RUNTIME bucket=BUCKET slices=SLICES
  preset=PRESET steps=STEPS save-every=SAVE_EVERY mesh=MESH worker=WORKER image=IMAGE hosts=HOSTS processes=PROCESSES
  topology=TOPOLOGY chips-per-node=CHIPS_PER_NODE nodes-per-slice=NODES_PER_SLICE gpus=GPUS partition=PARTITION time=TIME
- to-accelerator=TO_ACCELERATOR port=PORT folder=FOLDER"
+ to-accelerator=TO_ACCELERATOR port=PORT folder=FOLDER stages=STAGES launches=LAUNCHES"
 
 fail() {
   echo "$(basename "$0"): $*" >&2

@@ -28,11 +28,23 @@ ARGUMENTS = {
     "teardown": TPU,
     "save_restore": [*TPU, *BUCKET],
     "drill": [*TPU, *SLICE, *BUCKET, "--to-accelerator", "v5litepod-8"],
+    "stages": [*TPU, *BUCKET],
+    "stages_drill": [*TPU, *SLICE, *BUCKET],
     "gke": GKE,
     "slurm": ["--name", "n", "--folder", "/shared/run"],
     "mpirun": CLUSTER,
     "ssh": CLUSTER,
 }
+
+
+@pytest.fixture(autouse=True)
+def no_cloud(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the tools of a cloud are installed, a test must not reach them even if a dry run fails to be one."""
+    folder = tmp_path_factory.mktemp("refused")
+    for name in ("gcloud", "kubectl", "sbatch", "mpirun", "ssh"):
+        (folder / name).write_text(f'#!/bin/sh\necho "a test ran {name} $*" >&2\nexit 99\n')
+        (folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
 
 
 def script(name: str, *arguments: str, timeout_s: float = 60, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -140,6 +152,36 @@ def test_the_drill_kills_a_worker_resumes_on_the_other_slice_and_cleans_up() -> 
     places = [found.index(part) for part in order]
     assert places[2:] == sorted(places[2:])
     assert found.count("train.py gs://b/run") == 2
+
+
+def test_a_pipeline_is_launched_on_all_workers_with_memory_of_its_own() -> None:
+    (words,) = dry("stages", "--stages", "8", "--preset", "checkfree_124m")
+    assert "--worker=all" in words
+    assert "_stage_worker.py gs://b/run/checkpoints --memory /dev/shm/n --stages 8 --steps 1000" in words[-1]
+    assert words[-1].endswith("--distributed --preset checkfree_124m; }")
+
+
+def test_a_failed_launch_of_the_pipeline_is_followed_by_others_up_to_a_limit(tmp_path: Path) -> None:
+    gcloud = tmp_path / "gcloud"
+    gcloud.write_text(f"#!/bin/sh\necho . >> {tmp_path}/calls\n[ $(wc -l < {tmp_path}/calls) -ge 3 ]\n")
+    gcloud.chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    assert script("stages", *ARGUMENTS["stages"], PATH=path).returncode == 0
+    assert len((tmp_path / "calls").read_text().split()) == 3
+    (tmp_path / "calls").write_text("")
+    done = script("stages", *ARGUMENTS["stages"], "--launches", "2", PATH=path)
+    assert done.returncode == 2
+    assert "launch 2 of 2 failed" in done.stderr
+
+
+def test_the_drill_of_stages_takes_a_worker_and_its_memory_and_cleans_up() -> None:
+    found = text(dry("stages_drill", "--worker", "3"))
+    places = [found.index(part) for part in ("queued-resources create n ", 'pkill -KILL -u "$USER" -f', "delete n ")]
+    assert places == sorted(places)
+    assert "--worker=3" in found
+    assert "rm -rf /dev/shm/n" in found
+    local = script("stages_drill", "--local", "--folder", "/nowhere/run", "--dry-run")
+    assert "stage_recovery.py /nowhere/run --processes 4 --stages 4" in local.stdout
 
 
 def test_the_manifest_is_whole_and_filled_in() -> None:
