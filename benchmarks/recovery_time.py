@@ -93,6 +93,7 @@ def recovery(report: Report, sizes: Sizes, mesh: Any, folder: Path) -> None:
     params = make(jax.random.key(0))
     tx = stage_optimizer(optax.adam(6e-4), LAYOUT)
     held: dict[str, Any] = {"state": {"params": params} | ({"opt_state": tx.init(params)} if sizes.moments else {})}
+    held["state"] = _on_mesh(held["state"], mesh)
     norms = jax.device_put(np.arange(1, STAGES + 1, dtype=np.float32), NamedSharding(mesh, P("stage")))
     copies = init_copies({"stages": params["stages"]}, LAYOUT, mesh)
     like, engines = abstract(held["state"]), contenders()
@@ -174,6 +175,12 @@ def recovery(report: Report, sizes: Sizes, mesh: Any, folder: Path) -> None:
     )
 
 
+def _on_mesh(state: Any, mesh: Any) -> Any:
+    """Counts outside the pipeline too: what lies elsewhere changes its place in the first step."""
+    home = NamedSharding(mesh, P())
+    return jax.tree.map(lambda x: x if isinstance(x.sharding, NamedSharding) else jax.device_put(x, home), state)
+
+
 def _poisoned(x: jax.Array) -> jax.Array:
     return x.at[LOST].set(jnp.nan)
 
@@ -247,7 +254,7 @@ def arm(sizes: Sizes, mesh: Any, parts: Parts) -> Callable[[int], Mapping[str, f
         state["copies"] = init_copies({"stages": params["stages"]}, layout, mesh)
     if parts.norms:
         state["norms"] = init_norms(layout)
-    state = jax.tree.map(lambda x: x if isinstance(x.sharding, NamedSharding) else jax.device_put(x, home), state)
+    state = _on_mesh(state, mesh)
     tokens = jax.device_put(train_batch(seed=0, step=0, batch=sizes.batch, length=sizes.length), home)
     homes = jax.tree.map(lambda x: x.sharding, state)
     step = jax.jit(update, donate_argnums=0, out_shardings=homes)

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxckpt.core.errors import InvalidArgumentError
@@ -171,7 +172,7 @@ def _joined(like: PyTree, values: dict[str, Any]) -> PyTree:
 def _placed(state: PyTree, stacked: dict[str, Any]) -> PyTree:
     """Moments as their parameters lie, counts along the stages: ``init`` under ``vmap`` leaves all on one device."""
     first = next(iter(stacked.values()))
-    if isinstance(first, jax.core.Tracer) or not isinstance(getattr(first, "sharding", None), NamedSharding):
+    if isinstance(first, Tracer) or not isinstance(getattr(first, "sharding", None), NamedSharding):
         return state
 
     def one(path: Any, value: Any) -> Any:

@@ -12,7 +12,6 @@ from functools import lru_cache
 from typing import Any
 
 import jax
-import jax.extend
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -20,10 +19,9 @@ from jaxckpt.core.errors import InvalidArgumentError
 from jaxckpt.core.events import Recovered, emit
 from jaxckpt.core.tree import PyTree, flatten, rebuild
 from jaxckpt.recovery.layout import StageLayout, check_congruent
+from jaxckpt.recovery.moments import OPT_STATE, fresh_leaves, is_own, renewed_stages, taken
 from jaxckpt.recovery.plan import RecoveryPlan
 from jaxckpt.recovery.rows import Row, recovered_listed, recovered_stacked, refilled
-
-OPT_STATE = "opt_state"
 
 
 def recover_stage(
@@ -144,7 +142,7 @@ def _compiled(
         with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
             inner = flatten(state)[0]  # jit has sorted the keys of dictionaries
             flat = {leaf.name: leaf.value for leaf in inner}
-            fresh = _fresh(state, plan, tx) if tx is not None else {}
+            fresh = fresh_leaves(state, plan, tx) if tx is not None else {}
             rows = _rows(flat, plan, norms, given, mesh, dict(specs), norm_spec, fill_replicated, fresh)
             names = iter([leaf.name for leaf in inner])
             state = rebuild(state, lambda _, __: rows[next(names)])
@@ -172,12 +170,14 @@ def _rows(
     listed = {n: v for n, v in flat.items() if layout.placement(n).kind == "listed"}
     given_stacked = {n: v for n, v in given.items() if n in stacked}
 
-    renewed = _renewed(plan)
+    renewed = renewed_stages(plan)
+    # One number for all elements is written where it belongs; rows of several would first lie on every device.
+    numbers = {n: v for n, v in fresh.items() if n in stacked and not isinstance(v, jax.Array)}
     fresh_rows = {
         step.stage: {
             n: jax.lax.index_in_dim(v, step.stage, layout.placement(n).stage_axis, keepdims=False)
             for n, v in fresh.items()
-            if n in stacked and step.stage in renewed
+            if n in stacked and n not in numbers and step.stage in renewed
         }
         for step in plan.steps
     }
@@ -188,7 +188,7 @@ def _rows(
         for step in plan.steps:
             row = Row(
                 plan=plan, step=step, mesh=mesh, specs=specs, norms=norms, norm_spec=norm_spec,
-                fresh=fresh_rows[step.stage],
+                fresh=fresh_rows[step.stage] | (numbers if step.stage in renewed else {}),
             )  # fmt: skip
             stacked = {n: recovered_stacked(n, v, given.get(n), row) for n, v in stacked.items()}
             shared = {n: refilled(n, v, row) for n, v in shared.items()}
@@ -233,52 +233,18 @@ def _with_init(state: PyTree, plan: RecoveryPlan, init: Callable[[], PyTree] | N
 
 def _with_optimizer(state: PyTree, plan: RecoveryPlan, tx: Any) -> PyTree:
     """Leaves of the optimizer that ``init`` makes of the weights, and those of listed stages."""
-    stages = _renewed(plan)
+    stages = renewed_stages(plan)
     if tx is not None and stages:
-        constant = _fresh(state, plan, tx)
+        constant = fresh_leaves(state, plan, tx)
         params = state["params"] if isinstance(state, dict) else state.params
         made = {f"{OPT_STATE}.{leaf.name}": leaf.value for leaf in flatten(tx.init(params))[0]}
         done = {n for n in constant if _is_stacked(n, plan.layout)}
-        state = _replace(state, {n: v for n, v in _taken(made, plan).items() if n not in done}, plan.layout, stages)
+        state = _replace(state, {n: v for n, v in taken(made, plan).items() if n not in done}, plan.layout, stages)
     return _with_settings(state, plan)
-
-
-def _fresh(state: PyTree, plan: RecoveryPlan, tx: Any) -> dict[str, Any]:
-    """Leaves of the optimizer that ``init`` makes whatever the weights are, such as zero moments."""
-    if not _renewed(plan):
-        return {}
-    params = state["params"] if isinstance(state, dict) else state.params
-    program, shapes = jax.make_jaxpr(tx.init, return_shape=True)(params)
-    varying = set(program.jaxpr.invars)
-    for equation in program.jaxpr.eqns:
-        if any(not isinstance(x, jax.extend.core.Literal) and x in varying for x in equation.invars):
-            varying.update(equation.outvars)
-    flags = [not isinstance(x, jax.extend.core.Literal) and x in varying for x in program.jaxpr.outvars]
-    varies = {leaf.name: leaf.value for leaf in flatten(jax.tree.unflatten(jax.tree.structure(shapes), flags))[0]}
-    made = {f"{OPT_STATE}.{leaf.name}": leaf.value for leaf in flatten(tx.init(params))[0] if not varies[leaf.name]}
-    return _taken(made, plan)
-
-
-def _taken(made: dict[str, Any], plan: RecoveryPlan) -> dict[str, Any]:
-    if plan.policy.optimizer != "nu_average":
-        return made
-    return {n: v for n, v in made.items() if "nu" not in n.split(".") and jnp.issubdtype(v.dtype, jnp.floating)}
-
-
-def _renewed(plan: RecoveryPlan) -> list[int]:
-    """Stages whose moments become fresh."""
-    if plan.policy.optimizer == "average":
-        return []
-    kept = plan.policy.optimizer == "keep"
-    return [s.stage for s in plan.steps if s.source != "replica" and not (kept and _exact(s.source))]
 
 
 def _without(spec: PartitionSpec, axis: int) -> PartitionSpec:
     return PartitionSpec(*(entry for i, entry in enumerate(spec) if i != axis))
-
-
-def _exact(source: str) -> bool:
-    return source in ("stale_copy", "same_step_copy", "checkpoint_stage")
 
 
 def _replace(state: PyTree, fresh: dict[str, Any], layout: StageLayout, stages: list[int]) -> PyTree:
@@ -346,7 +312,7 @@ def _check(plan: RecoveryPlan, leaves: list[Any], norms: Any, copies: Any, tx: A
     if "average" in sources and policy.method == "weighted" and (norms is None or tuple(norms.shape) not in shapes):
         have = None if norms is None else tuple(norms.shape)
         raise InvalidArgumentError(f'method="weighted" needs norms of shape {shapes[0]} or {shapes[1]}; got {have}.')
-    if any(map(_exact, sources)) and copies is None:
+    if any(map(is_own, sources)) and copies is None:
         raise InvalidArgumentError(f"The plan takes stages from {sorted(sources)}: pass copies=.")
     if "average" in sources and policy.method == "random" and init is None:
         raise InvalidArgumentError('method="random" needs init=: a function that makes fresh weights.')

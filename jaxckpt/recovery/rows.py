@@ -36,7 +36,8 @@ def recovered_stacked(name: str, value: jax.Array, given: Any, row: Row) -> jax.
     if row.step.source == "replica":
         return _from_replica(value, spec, axis, row)
     if name in row.fresh:
-        return _put(value, lambda: row.fresh[name].astype(value.dtype), spec, axis, row)
+        shape = value.shape[:axis] + value.shape[axis + 1 :]
+        return _put(value, lambda: jnp.broadcast_to(row.fresh[name], shape).astype(value.dtype), spec, axis, row)
     if row.step.source in ("stale_copy", "same_step_copy", "checkpoint_stage"):
         if given is None:
             # Moments become fresh afterwards; a weight without a copy cannot.
