@@ -13,7 +13,8 @@ parse_options "local" "$@"
 on_tpu() {
   need NAME PROJECT ZONE ACCELERATOR TO_ACCELERATOR RUNTIME BUCKET
   export NAME PROJECT ZONE ACCELERATOR RUNTIME BUCKET SLICES PRESET STEPS SAVE_EVERY MESH
-  local dry=() launched=
+  local launched=
+  dry=() # not local: the trap reads it when this function is over
   ! $dry_run || dry=(--dry-run)
   trap '"$scripts/teardown.sh" "${dry[@]}"' EXIT
   "$scripts/create.sh" "${dry[@]}"
