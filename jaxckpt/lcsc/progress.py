@@ -36,7 +36,7 @@ def watcher(progress: Watch | bool | None, *, stream: TextIO | None = None) -> W
     """
     if callable(progress):
         return progress
-    if progress not in (None, True, False):
+    if not (progress is None or isinstance(progress, bool)):
         raise InvalidArgumentError(f"progress is {progress!r}; it is a function, True, False or None.")
     stream = sys.stderr if stream is None else stream
     if stream is None or progress is False or jax.process_index() != 0:

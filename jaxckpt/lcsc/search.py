@@ -29,7 +29,7 @@ from jaxckpt.lcsc.run import GRADIENT_COST, Clock, Run
 from jaxckpt.lcsc.selection import concerns, select
 from jaxckpt.lcsc.space import Kind, Space, profiles
 from jaxckpt.lcsc.state import Saver, State, read
-from jaxckpt.lcsc.strategies import make_strategy
+from jaxckpt.lcsc.strategies import check_name, make_strategy
 from jaxckpt.storage.url import Location, StorageOptions
 
 PyTree = Any
@@ -142,29 +142,33 @@ def search(
     places = located(checkpoints, storage)
     shape = Space(kind=space, count=len(places), groups=tuple(groups), scale=scale, bounds=bounds)
     root = jax.random.key(operator.index(key)) if not isinstance(key, jax.Array) or not key.ndim else _typed(key)
-    searcher = make_strategy(strategy, population=population, size=shape.size, options=options or {})
+    check_name(strategy)
+    uses_gradient = strategy.lower() == "gradient"
     first = _limited(profiles(shape.count, decays), shape)
-    cost = GRADIENT_COST if searcher.uses_gradient else population
+    cost = GRADIENT_COST if uses_gradient else population
     if budget < len(first) + cost:
         raise InvalidArgumentError(
             f"budget is {budget}: {len(first)} profiles (decays) and one generation of {cost} do not fit."
         )
-    sources = made_together(like, lambda: open_sources(places, eval_params, storage))
-    check_opened(sources, like=like, only=only)  # whether they fit together
-    how = {"like": like, "only": only}
-    evaluate = make_evaluator(
-        sources,
-        shape,
-        how=how,
-        lora=lora,
-        placement=placement,
-        is_jitted=jit,
-        population=1 if searcher.uses_gradient else population,
-        memory_bytes=memory_bytes,
-        mesh=mesh,
-        axis=axis,
-    )
-    if searcher.uses_gradient and not isinstance(evaluate, Resident):
+    with ThreadPoolExecutor(1, thread_name_prefix="jaxckpt-search") as pool:  # evosax is loaded while checkpoints are
+        making = pool.submit(make_strategy, strategy, population=population, size=shape.size, options=options or {})
+        sources = made_together(like, lambda: open_sources(places, eval_params, storage))
+        check_opened(sources, like=like, only=only)  # whether they fit together
+        how = {"like": like, "only": only}
+        evaluate = make_evaluator(
+            sources,
+            shape,
+            how=how,
+            lora=lora,
+            placement=placement,
+            is_jitted=jit,
+            population=1 if uses_gradient else population,
+            memory_bytes=memory_bytes,
+            mesh=mesh,
+            axis=axis,
+        )
+        searcher = making.result()
+    if uses_gradient and not isinstance(evaluate, Resident):
         raise InvalidArgumentError(
             f'strategy "gradient" needs jit=True and placement="device", and has jit={jit} and placement='
             f'"{evaluate.placement}"; averaging.learned_soup streams gradients from storage.'
@@ -177,7 +181,7 @@ def search(
         l1_penalty=l1_penalty,
         negative_penalty=negative_penalty,
         key=root,
-        width=1 if searcher.uses_gradient else population,
+        width=1 if uses_gradient else population,
         cost=cost,
         is_fixed=noise == "fixed",
         kept=max(finalists, 1),

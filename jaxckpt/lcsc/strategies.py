@@ -88,14 +88,22 @@ def make_strategy(name: str, *, population: int, size: int, options: Mapping[str
         return RandomStrategy(population, size)
     if given == "gradient":
         return _record(Gradient, options)
+    check_name(name)
+    algorithm = {**DISTRIBUTIONS, **POPULATIONS}[given]
+    return make_evosax(algorithm, given in DISTRIBUTIONS, population, size, tuple(sorted(options.items())))
+
+
+def check_name(name: str) -> None:
+    """Raise an InvalidArgumentError unless there is such a strategy, and what it needs is installed."""
+    given = name.lower()
+    if given in (*BUILT_IN, "lcsc"):
+        return
     if given not in DISTRIBUTIONS and given not in POPULATIONS:
         raise InvalidArgumentError(f"strategy is {name!r}; there are: {', '.join(names())}.")
     if importlib.util.find_spec("evosax") is None:
         raise InvalidArgumentError(
             f'strategy {name!r} needs evosax: pip install "jaxckpt[search]"; "evolution" needs nothing.'
         )
-    algorithm = {**DISTRIBUTIONS, **POPULATIONS}[given]
-    return make_evosax(algorithm, given in DISTRIBUTIONS, population, size, tuple(sorted(options.items())))
 
 
 def names() -> list[str]:

@@ -227,6 +227,15 @@ def save_steps(root: Path, count: int) -> None:
         jc.save(root / f"{step * 100}", {"w": np.full(2, step, np.float32), "step": step}, step=step * 100)
 
 
+def test_lawa_takes_the_steps_of_a_manager(tmp_path: Path) -> None:
+    with jc.CheckpointManager(tmp_path / "run") as manager:
+        for step in range(1, 5):
+            manager.save(step, {"w": np.full(2, float(step))})
+    assert lawa(tmp_path / "run", 2)["w"].tolist() == [3.5, 3.5]
+    (tmp_path / "run" / "4" / "_CHECKPOINT_METADATA").unlink()  # as where its deletion was interrupted
+    assert [step for step, _ in newest(tmp_path / "run", None)] == [1, 2, 3]
+
+
 def test_lawa_averages_the_newest_committed_steps(tmp_path: Path) -> None:
     save_steps(tmp_path, 5)
     (tmp_path / "600").mkdir()

@@ -1,5 +1,6 @@
 """Claims about the search, on models whose best coefficients are known in closed form."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,8 @@ import numpy as np
 import pytest
 
 from jaxckpt.averaging.average import average
+from jaxckpt.checkpoint.inspect import inspect
+from jaxckpt.checkpoint.restore import restore
 from jaxckpt.checkpoint.save import save
 from jaxckpt.core.errors import InvalidArgumentError, MismatchError
 from jaxckpt.lcsc.search import search
@@ -246,3 +249,43 @@ def test_state_of_another_search_is_refused(tmp_path: Path) -> None:
             search(TREES, loss, **{"budget": 39, "state": str(tmp_path / "s"), **wrong})
     with pytest.raises(MismatchError, match="checkpoints was 6 and is 5"):
         search(TREES[:5], loss, budget=39, state=str(tmp_path / "s"))
+
+
+def test_a_result_is_saved_with_its_lineage_and_report(tmp_path: Path) -> None:
+    for i, tree in enumerate(TREES):
+        save(tmp_path / str(i), tree, step=10 * i)
+    found = search(
+        [tmp_path / str(i) for i in range(K)], loss, strategy="evolution", budget=71, record={"metric": "l2", "nfe": 1}
+    )
+    found.save(tmp_path / "merged")
+    info = inspect(tmp_path / "merged")
+    assert info.step == 50
+    assert [parent["weight"] for parent in info.parents] == found.coefficients.tolist()
+    assert [parent["step"] for parent in info.parents] == [0, 10, 20, 30, 40, 50]
+    assert info.metadata["averaging"]["metric"]["nfe"] == 1
+    told = info.metadata["lcsc"]
+    assert told["settings"]["strategy"] == "evolution"
+    assert told["settings"]["seed"] == 0
+    assert len(told["rows"]) == len(found.report.rows)
+    restored = restore(tmp_path / "merged", found.params)
+    assert all(jax.tree.leaves(jax.tree.map(lambda x, y: bool((x == y).all()), restored, found.params)))
+
+
+def test_a_report_is_written_as_text_plot_and_json(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    found = search(TREES, loss, strategy="evolution", budget=71, groups=("a", "*"))
+    found.save(tmp_path / "merged")
+    found.report.save(tmp_path / "report")
+    told = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert told["chosen"] in (tmp_path / "report" / "report.md").read_text()
+    assert np.array(told["search"]["path"]).shape[1:] == (2, K)
+    assert (tmp_path / "report" / "search.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_progress_is_a_line_where_it_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    search(TREES, loss, strategy="evolution", budget=71)
+    assert capsys.readouterr().err == ""
+    search(TREES, loss, strategy="evolution", budget=71, progress=True)
+    assert "/71 evaluations, best" in capsys.readouterr().err
+    with pytest.raises(InvalidArgumentError, match="progress is 'yes'"):
+        search(TREES, loss, strategy="evolution", budget=71, progress="yes")  # pyright: ignore[reportArgumentType]
