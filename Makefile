@@ -8,6 +8,7 @@
 #   make test-tpu-newest  the same with the newest jax and its libtpu
 #   make lint         ruff (rules and format), pyright and shellcheck
 #   make bench        the benchmarks; writes docs/benchmarks.md
+#   make studies      recovery of stages: the fork test and runs under failures (minutes)
 
 PYTHON ?= python3
 JAX_OLDEST := 0.10.2
@@ -21,7 +22,7 @@ PIP_FLAGS := install -qq --disable-pip-version-check --no-input
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-newest test-slow test-tpu test-tpu-newest lint typecheck format bench clean
+.PHONY: help demo test test-newest test-slow test-tpu test-tpu-newest lint typecheck format bench studies clean
 
 help:
 	@sed -n '/^#   make /s/^# *//p' Makefile
@@ -59,6 +60,10 @@ format: $(VENV)/.lint
 
 bench: $(VENV)/.demo
 	$(VENV)/bin/python -m benchmarks
+
+studies: $(VENV)/.demo
+	$(VENV)/bin/python benchmarks/recovery_fork.py --cache build/studies
+	$(VENV)/bin/python benchmarks/recovery_runs.py --cache build/studies
 
 clean:
 	rm -rf $(VENV) $(NEWEST) build dist .pytest_cache .ruff_cache .hypothesis

@@ -15,7 +15,7 @@ sys.path.insert(0, str(HERE))  # the scripts find their helpers beside them
 
 from _common import Table, as_markdown, facts  # noqa: E402
 
-SCRIPTS = ("save_restore", "reshard", "memory", "planning", "trace_save", "stall", "averaging")
+SCRIPTS = ("save_restore", "reshard", "memory", "planning", "trace_save", "stall", "averaging", "recovery_time")
 INTRODUCTION = """\
 # Benchmarks
 

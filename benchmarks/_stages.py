@@ -1,12 +1,17 @@
 """A model in stages that the recovery studies train, lose stages of, and recover: one device, stacked stages."""
 
-# ruff: noqa: TC003 - scripts are read from the top: one block of imports
+# ruff: noqa: E402, TC003 - scripts are read from the top: one block of imports
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any, NamedTuple
+
+if "--tiny" in sys.argv:  # compiling is most of it
+    os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 import jax
 import jax.numpy as jnp

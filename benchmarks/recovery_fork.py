@@ -51,6 +51,7 @@ class Sizes(NamedTuple):
     steps: tuple[int, ...]  # forks of the copies' ages; the last one is the fork
     ages: tuple[int, ...]
     later: int
+    lost: tuple[int, ...] = (0, 1, 2, 3, 4, 5)
 
 
 def small(layers: int, embed: int) -> LlamaConfig:
@@ -61,7 +62,7 @@ def small(layers: int, embed: int) -> LlamaConfig:
 
 FULL = Sizes(small(6, 64), 6, 16, 64, (100, 300, 600), (1, 10, 50), 50)
 QUICK = Sizes(small(6, 32), 6, 16, 32, (50, 200), (1, 10, 50), 20)
-TINY = Sizes(small(4, 16), 4, 4, 16, (12,), (1, 10), 2)
+TINY = Sizes(small(4, 16), 4, 4, 16, (12,), (1, 10), 2, (0, 1))
 
 
 def main() -> None:
@@ -102,8 +103,7 @@ def arm_of(sizes: Sizes, swap: bool) -> dict[str, Any]:
         run, at = study.train(run, range(at, end)), end
         before = study.loss(run)
         by_age[str(end)] = {"loss": before} | {
-            str(age): [study.loss(stale(study, run, f, old, age)) - before for f in range(sizes.stages)]
-            for age in sizes.ages
+            str(age): [study.loss(stale(study, run, f, old, age)) - before for f in sizes.lost] for age in sizes.ages
         }
         print(f"swap={swap} step {end} loss {before:.4f} after {time.perf_counter() - began:.0f} s", flush=True)
     rises, later = after(study, run, old, sizes)
@@ -119,7 +119,7 @@ def after(study: Study, run: Run, old: dict[int, Any], sizes: Sizes) -> tuple[di
     later["nothing lost"] = {"": study.loss(plain)}
     for name in [*NEIGHBOURS, PARTNER, *[f"own copy, {age} old" for age in sizes.ages], KEPT]:
         rises[name] = []
-        for f in range(sizes.stages):
+        for f in sizes.lost:
             found = way(study, run, f, name, old)
             rises[name].append(None if found is None else study.loss(found) - before)
             best = PARTNER if study.swap and f in (0, 1, last - 1, last) else RULES[1] if 0 < f < last else "copy"
@@ -157,7 +157,7 @@ def show(report: Report, name: str, arm: dict[str, Any], sizes: Sizes) -> None:
     report.add(
         Table(
             title=f"Rise of the held-out loss right after, {kind} (loss before: {arm['loss']:.3f} nats per byte)",
-            columns=("stage lost", *map(str, range(sizes.stages))),
+            columns=("stage lost", *map(str, sizes.lost)),
             rows=[(way_, *("-" if x is None else f"{x:+.3f}" for x in found)) for way_, found in arm["rise"].items()],
         )
     )
@@ -200,7 +200,7 @@ def judge(report: Report, arms: dict[str, Any], sizes: Sizes) -> None:
     copies = [(x, f) for arm in arms.values() for f, x in enumerate(arm["rise"]["own copy, 10 old"])]
     below, margins = True, []
     for arm in arms.values():
-        for f in range(sizes.stages):
+        for f in range(len(sizes.lost)):
             others = [arm["rise"][rule][f] for rule in (*RULES, "copy", PARTNER)]
             best = min(x for x in others if x is not None)
             mine = arm["rise"]["own copy, 10 old"][f]

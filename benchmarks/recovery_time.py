@@ -20,7 +20,8 @@ from typing import Any, NamedTuple
 
 STAGES = 4
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("XLA_FLAGS", f"--xla_force_host_platform_device_count={STAGES}")
+TINY_FLAGS = " --xla_backend_optimization_level=0" if "--tiny" in sys.argv else ""  # compiling is most of it
+os.environ.setdefault("XLA_FLAGS", f"--xla_force_host_platform_device_count={STAGES}{TINY_FLAGS}")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # models stand beside the benchmarks
 
 import jax

@@ -19,6 +19,9 @@ ROWS = {
     "trace_save": [10, 11],
     "stall": [1, 2, 3, 4, 9],
     "averaging": [1, 2, 5, 3, 4],
+    "recovery_time": [9, 10],
+    "recovery_fork": [5, 6],
+    "recovery_runs": [],
     "lcsc_study": [6, 7],
 }
 
