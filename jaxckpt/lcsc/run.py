@@ -19,7 +19,8 @@ from jaxckpt.lcsc.strategies import Strategy
 
 PyTree = Any
 
-L1_SHARE = 0.1  # of the best profile's score: what a sum of magnitudes of one above one costs, unless said
+SOUPS = (2, 4, 8, 16)  # how many of the best checkpoints alone make the soups that are tried first
+L1_SHARE = 0.1  # of the best score before the search: what a sum of magnitudes of one above one costs, unless said
 GRADIENT_COST = 3  # evaluations that one value and gradient counts as
 _STARTING, _ASKING, _NOISE, _TELLING, _FINAL, _PROFILES = range(6)  # what a key is for
 
@@ -47,13 +48,23 @@ class Run:
     is_fixed: bool
     kept: int
     first: np.ndarray  # the profiles [n, G, K]
+    alone: np.ndarray  # checkpoints by themselves [m, G, K], of which soups are made
     budget: int
     clock: Clock
 
     @property
     def generations(self) -> int:
         """How many the budget has room for."""
-        return (self.budget - len(self.first)) // self.cost
+        return (self.budget - self.begun) // self.cost
+
+    @property
+    def begun(self) -> int:
+        """Evaluations before the first generation."""
+        return len(self.first) + len(self.alone) + len(self._sizes)
+
+    @property
+    def _sizes(self) -> list[int]:
+        return [size for size in SOUPS if size < len(self.alone)]
 
     def empty(self) -> State:
         """Nothing searched yet; also what a restored state is shaped like."""
@@ -64,27 +75,39 @@ class Run:
             strategy=_start(self.strategy, self.key, np.zeros((self.width, self.space.size), np.float32)),
             best=np.zeros((self.kept, self.space.size), np.float32),
             best_fitness=np.full(self.kept, np.inf),
-            profiles=np.full(len(self.first), np.nan),
+            profiles=np.full(self.begun, np.nan),
             fitness=np.full((self.generations, self.width), np.nan),
             path=np.full((self.generations, groups, count), np.nan),
         )
 
     def begin(self, state: State) -> State:
-        """The best profile becomes the centre; the first population is the profiles, then points around the centre."""
-        scores = self.measured(self.objective, self.first, self.use(_PROFILES))
-        scores = scores + Penalty(self.l1_penalty or 0.0, self.negative_penalty)(self.first)
+        """The best of profiles, checkpoints alone and soups of the best of these becomes the centre.
+
+        The first population is the best of them, then points around the centre.
+        """
+        tried = np.concatenate([self.first, self.alone])
+        scores = self._tried(tried)
         if not np.isfinite(scores).any():
             raise InvalidArgumentError(
-                f"The objective is not finite for any of the {len(scores)} EMA profiles it was tried on first: "
+                f"The objective is not finite for any of the {len(scores)} averages it was tried on first: "
                 f"{scores.tolist()}. Try it on one checkpoint: objective(params, jax.random.key(0))."
             )
-        order = np.argsort(np.where(np.isnan(scores), np.inf, scores), kind="stable")
-        centre = self.first[order[0]]
+        if self._sizes:
+            best = self.alone[np.argsort(scores[len(self.first) :], kind="stable")]
+            soups = np.stack([best[:size].mean(0) for size in self._sizes])
+            tried, scores = np.concatenate([tried, soups]), np.concatenate([scores, self._tried(soups)])
+        order = np.argsort(scores, kind="stable")
+        centre = tried[order[0]]
         seed = self.use(_STARTING, number=1).data.ravel().tolist()
         around = np.random.default_rng(seed).standard_normal((self.width, self.space.size), np.float32)
-        known = self.space.vector(self.first[order][: self.width], centre)
+        known = self.space.vector(tried[order][: self.width], centre)
         around[: len(known)] = known
         return replace(state, centre=centre, profiles=scores, strategy=_start(self.strategy, self.key, around))
+
+    def _tried(self, points: np.ndarray) -> np.ndarray:
+        found = self.measured(self.objective, points, self.use(_PROFILES))
+        found = found + Penalty(self.l1_penalty or 0.0, self.negative_penalty)(points)
+        return np.where(np.isnan(found), np.inf, found)
 
     def advance(self, state: State, progress: Watch | None, began: float) -> State:
         """One generation: ask, measure on shared noise, tell."""
@@ -117,7 +140,7 @@ class Run:
             progress(
                 Advance(
                     generation=now + 1,
-                    evaluations=len(self.first) + (now + 1) * self.cost,
+                    evaluations=len(state.profiles) + (now + 1) * self.cost,
                     budget=self.budget,
                     best=float(ranked.min()),
                     mean=float(finite.mean()) if len(finite) else math.nan,
@@ -136,7 +159,7 @@ class Run:
         )
 
     def penalty(self, state: State) -> Penalty:
-        """Of large coefficients; unsaid, in proportion to the objective, as the best profile shows it."""
+        """Of large coefficients; unsaid, in proportion to the objective, as what was tried first shows it."""
         l1 = self.l1_penalty
         if l1 is None:
             l1 = L1_SHARE * abs(float(state.profiles[np.isfinite(state.profiles)].min()))
@@ -148,8 +171,8 @@ class Run:
         return None if found is None else np.asarray(found)
 
     def finalists(self, state: State, count: int) -> dict[str, np.ndarray]:
-        """The best profile, the search mean, and ``count`` of the best seen."""
-        found = {"profile": state.centre}
+        """The best profile, the start of the search, its mean, and ``count`` of the best seen."""
+        found = {"profile": self.first[state.profiles[: len(self.first)].argmin()], "start": state.centre}
         mean = self.mean(state.strategy)
         if mean is not None and np.isfinite(mean).all():
             found["mean"] = self.space.coefficients(mean, state.centre)

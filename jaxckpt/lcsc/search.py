@@ -33,6 +33,7 @@ from jaxckpt.lcsc.strategies import check_name, make_strategy
 from jaxckpt.storage.url import Location, StorageOptions
 
 PyTree = Any
+SINGLES = 64  # at most so many checkpoints are tried alone, evenly spaced over the run
 DECAYS = (0.0, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98)  # of the EMA profiles over stored checkpoints
 
 
@@ -74,8 +75,9 @@ def search(
 ) -> Result:
     """Search for the coefficients; the search mean or a finalist is returned, whichever scores best on fresh noise.
 
-    All candidates of a generation see the same noise, and every generation sees fresh noise. EMA profiles are measured
-    first: the best is where the search begins, and what is returned if nothing beats it.
+    All candidates of a generation see the same noise, and every generation sees fresh noise. EMA profiles,
+    checkpoints alone and soups of the best of these are measured first: the best is where the search begins, and what
+    is returned if nothing beats it.
 
     Args:
         checkpoints: K paths or trees, oldest first, as of ``average``; or the folder of a run, for all its steps.
@@ -88,9 +90,10 @@ def search(
         scale: what a step of one changes in a coefficient; None: ``0.03 * 40 / K``.
         bounds: lowest and highest coefficient.
         l1_penalty: what a sum of magnitudes of one above one costs, in units of the objective; None: a tenth of the
-            best profile's score, which keeps a search from fitting its metric alone. A likelihood can go without: 0.
+            best score before the search, so that it fits more than its metric. A likelihood can go without: 0.
         negative_penalty: what a negative mass of one costs.
-        budget: evaluations of single models, profiles included; a gradient counts as three.
+        budget: evaluations of single models, those before the search included: profiles, at most 64 checkpoints
+            alone, and at most four soups; a gradient counts as three.
         population: candidates in a generation.
         key: a PRNG key, or a seed.
         noise: ``"fresh"`` in each generation, or ``"fixed"``: one draw for the whole search.
@@ -145,11 +148,10 @@ def search(
     check_name(strategy)
     uses_gradient = strategy.lower() == "gradient"
     first = _limited(profiles(shape.count, decays), shape)
+    # Not in the simplex: from a corner, where logarithms are steep, a search does not get away.
+    single = np.eye(shape.count)[_spaced(shape.count, 0 if space == "simplex" else SINGLES)]
+    alone = _limited(single, shape)
     cost = GRADIENT_COST if uses_gradient else population
-    if budget < len(first) + cost:
-        raise InvalidArgumentError(
-            f"budget is {budget}: {len(first)} profiles (decays) and one generation of {cost} do not fit."
-        )
     with ThreadPoolExecutor(1, thread_name_prefix="jaxckpt-search") as pool:  # evosax is loaded while checkpoints are
         making = pool.submit(make_strategy, strategy, population=population, size=shape.size, options=options or {})
         sources = made_together(like, lambda: open_sources(places, eval_params, storage))
@@ -186,9 +188,15 @@ def search(
         is_fixed=noise == "fixed",
         kept=max(finalists, 1),
         first=first,
+        alone=alone,
         budget=budget,
         clock=Clock(),
     )
+    if run.generations < 1:
+        raise InvalidArgumentError(
+            f"budget is {budget}: {run.begun} profiles (decays), checkpoints alone and soups, and one generation of "
+            f"{cost} do not fit."
+        )
     settings = {
         "strategy": strategy,
         "options": {name: _plain(value) for name, value in (options or {}).items()},
@@ -239,12 +247,12 @@ def search(
         fitness=now.fitness,
         path=now.path,
         groups=tuple(groups),
-        evaluations=len(run.first) + run.generations * run.cost,
+        evaluations=len(now.profiles) + run.generations * run.cost,
         seconds=time.perf_counter() - began,
         objective_seconds=run.clock.seconds,
         settings=settings | {"l1_penalty": penalty.l1},
         concerns=tuple(warned),
-        profiles={float(decay): float(score) for decay, score in zip(decays, now.profiles, strict=True)},
+        profiles={float(decay): float(score) for decay, score in zip(decays, now.profiles, strict=False)},
         steps=tuple(step_of(source) for source in sources),
         placement=evaluate.placement,
     )
@@ -284,6 +292,11 @@ def _limited(points: np.ndarray, space: Space) -> np.ndarray:
     wide = np.repeat(points[:, None], len(space.groups), axis=1)
     zero = np.zeros((len(points), space.size))
     return wide if space.kind == "simplex" and space.bounds is None else space.coefficients(zero, wide)
+
+
+def _spaced(count: int, limit: int) -> np.ndarray:
+    """Places of at most ``limit`` checkpoints, evenly spaced, the last among them."""
+    return np.unique(np.linspace(count - 1, 0, min(count, limit)).round().astype(int))
 
 
 def _typed(key: jax.Array) -> jax.Array:

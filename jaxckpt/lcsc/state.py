@@ -23,8 +23,8 @@ class State:
     """All that the next generation depends on, and what the report shows.
 
     ``centre`` float64 [G, K]; ``best`` float32 [m, size] and ``best_fitness`` float64 [m], lowest first; ``profiles``
-    float64 [n]; ``fitness`` float64 [T, P] and ``path`` float64 [T, G, K], NaN where not yet; ``strategy`` is the
-    strategy's own tree of arrays.
+    float64 [n], the scores of the profiles, then those of checkpoints alone and of soups; ``fitness`` float64 [T, P]
+    and ``path`` float64 [T, G, K], NaN where not yet; ``strategy`` is the strategy's own tree of arrays.
     """
 
     generation: int

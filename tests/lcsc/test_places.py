@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 K = 5
-HOW: dict[str, Any] = {"budget": 7 + 3 * 8, "population": 8, "strategy": "evolution"}
+HOW: dict[str, Any] = {"budget": 15 + 3 * 8, "population": 8, "strategy": "evolution"}
 
 
 def tree(seed: int) -> dict[str, Any]:
@@ -259,7 +259,7 @@ def test_groups_and_bfloat16_go_with_products() -> None:
     def score(params: Any, key: jax.Array) -> Any:
         return near(jax.tree.map(lambda x: x.astype(jnp.float32), params), key)
 
-    found = lcsc.search(half, score, lora=lcsc.Lora(), groups=("layer", "*"), budget=7 + 32)
+    found = lcsc.search(half, score, lora=lcsc.Lora(), groups=("layer", "*"), budget=15 + 32)
     assert found.params["layer"]["lora_a"].dtype == jnp.bfloat16
 
 
@@ -323,6 +323,6 @@ def test_candidates_that_are_not_finite_stop_no_strategy(strategy: str) -> None:
         value = plain_loss(params, key)
         return jnp.where(params["a"][0] > MIDDLE, jnp.nan, value)
 
-    found = lcsc.search(TREES, sometimes, strategy=strategy, budget=7 + 5 * 8, population=8, scale=0.1)
+    found = lcsc.search(TREES, sometimes, strategy=strategy, budget=15 + 5 * 8, population=8, scale=0.1)
     assert np.isfinite(found.report.path).all()
     assert np.isfinite(found.report.row(found.report.chosen).score)

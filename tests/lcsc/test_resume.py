@@ -29,12 +29,12 @@ def loss(p: Any, key: jax.Array) -> jax.Array:
 def test_a_search_with_a_larger_budget_goes_on_as_if_it_had_had_it(tmp_path: Path, strategy: str) -> None:
     state = str(tmp_path / "state")
     how: dict[str, Any] = {"strategy": strategy, "population": 4, "draws": 2}
-    lcsc.search(TREES, loss, budget=7 + 3 * 4, state=state, **how)
+    lcsc.search(TREES, loss, budget=12 + 3 * 4, state=state, **how)
     seen: list[int] = []
     longer = lcsc.search(
-        TREES, loss, budget=7 + 5 * 4, state=state, progress=lambda one: seen.append(one.generation), **how
+        TREES, loss, budget=12 + 5 * 4, state=state, progress=lambda one: seen.append(one.generation), **how
     )
-    whole = lcsc.search(TREES, loss, budget=7 + 5 * 4, **how)
+    whole = lcsc.search(TREES, loss, budget=12 + 5 * 4, **how)
     assert seen == ([5, 6] if strategy == "gradient" else [4, 5])  # a gradient counts as three evaluations
     assert longer.report.fitness.tobytes() == whole.report.fitness.tobytes()
     assert longer.report.path.tobytes() == whole.report.path.tobytes()
@@ -43,7 +43,7 @@ def test_a_search_with_a_larger_budget_goes_on_as_if_it_had_had_it(tmp_path: Pat
 
 
 def test_a_search_that_ended_is_not_run_again(tmp_path: Path) -> None:
-    how: dict[str, Any] = {"strategy": "evolution", "budget": 7 + 2 * 16, "state": str(tmp_path / "state")}
+    how: dict[str, Any] = {"strategy": "evolution", "budget": 12 + 2 * 16, "state": str(tmp_path / "state")}
     first = lcsc.search(TREES, loss, **how)
     again = lcsc.search(TREES, loss, progress=lambda _: pytest.fail("a generation was run"), **how)
     assert again.coefficients.tobytes() == first.coefficients.tobytes()
@@ -53,7 +53,7 @@ def test_other_checkpoints_are_another_search(tmp_path: Path) -> None:
     for i, tree in enumerate(TREES):
         jc.save(tmp_path / f"{i}", tree)
     paths = [tmp_path / f"{i}" for i in range(4)]
-    how: dict[str, Any] = {"strategy": "evolution", "budget": 7 + 16, "state": str(tmp_path / "state")}
+    how: dict[str, Any] = {"strategy": "evolution", "budget": 12 + 16, "state": str(tmp_path / "state")}
     lcsc.search(paths, loss, **how)
     jc.save(tmp_path / "moved", TREES[0])  # the same content elsewhere is the same checkpoint
     lcsc.search([tmp_path / "moved", *paths[1:]], loss, **how)
@@ -79,7 +79,7 @@ def look(event):
 subscribe(look)
 def loss(p, key):
     return ((p["w"] - 1.7) ** 2).sum() * (1 + 0.1 * jax.random.normal(key, ()))
-how = {"strategy": "evolution", "budget": 7 + 10 * 8, "population": 8}
+how = {"strategy": "evolution", "budget": 12 + 10 * 8, "population": 8}
 found = lcsc.search(trees, loss, state=sys.argv[1], progress=look, **how)
 print(found.report.fitness.tobytes().hex(), found.coefficients.tobytes().hex(), found.params["w"].tolist())
 """
