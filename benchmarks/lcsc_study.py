@@ -29,9 +29,9 @@ from _lcsc_tasks import GRID, ONLINE, Measures, Run, Task, baselines, measures, 
 from jaxckpt import averaging, lcsc  # noqa: E402
 
 TASKS = (
-    Task(name="consistency, digits", kind="consistency", images="digits", width=192),
-    Task(name="consistency, MNIST", kind="consistency", images="mnist", width=256),
-    Task(name="diffusion, MNIST", kind="diffusion", images="mnist", width=128, nfe=9, more=15, samples=256, many=4096),
+    Task(name="consistency, digits", kind="consistency", images="digits", width=96),
+    Task(name="consistency, MNIST", kind="consistency", images="mnist", width=128),
+    Task(name="diffusion, MNIST", kind="diffusion", images="mnist", width=96, nfe=9, more=15, samples=256),
 )
 PARTS = ("strategies", "fewer", "cost")
 BASELINES = ("last", "best single", "uniform", "EMA grid", "EMA online", "greedy soup")
@@ -153,7 +153,14 @@ class Piece:
         by, _, checkpoints = self.trained
         started = time.perf_counter()
         found = lcsc.search(
-            checkpoints, by.objective, like=checkpoints[0], budget=budget, key=self.seed, validation=by.chooses, **how
+            checkpoints,
+            by.objective,
+            like=checkpoints[0],
+            budget=budget,
+            key=self.seed,
+            validation=by.chooses,
+            draws=2,
+            **how,
         )
         took = time.perf_counter() - started
         scores = self._scores(found.params)
