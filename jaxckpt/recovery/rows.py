@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
 from jaxckpt.core.errors import InvalidArgumentError
-from jaxckpt.recovery.combine import Double, neighbour_weights, weighted_average
+from jaxckpt.recovery.combine import Weight, neighbour_weights, weighted_average
 from jaxckpt.recovery.layout import Placement
 from jaxckpt.recovery.plan import RecoveryPlan, StageStep
 
@@ -130,7 +130,7 @@ def _combined(name: str, left: Any, right: Any, place: Placement, row: Row) -> C
     return make
 
 
-def _merge(name: str, left: Any, right: Any, a: Double, b: Double, row: Row) -> Any:
+def _merge(name: str, left: Any, right: Any, a: Weight, b: Weight, row: Row) -> Any:
     policy = row.plan.policy
     if left is None or right is None:
         return right if left is None else left
@@ -173,7 +173,7 @@ def _matches(name: str, patterns: tuple[str, ...]) -> bool:
     return any(f".{pattern.replace('/', '.')}." in f".{name}." for pattern in patterns)
 
 
-def _weights(row: Row, block: int) -> tuple[Double, Double]:
+def _weights(row: Row, block: int) -> tuple[Weight, Weight]:
     one = (jnp.ones(()), None)
     if row.plan.policy.method != "weighted" or row.norms is None:
         return one, one
