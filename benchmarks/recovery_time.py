@@ -117,7 +117,7 @@ def recovery(report: Report, sizes: Sizes, mesh: Any, folder: Path) -> None:
     def recovered(how: Callable[[Any], Any], turn: int) -> Mapping[str, float]:
         del turn
         state, taken = lose(), {}
-        with stopwatch(taken, "seconds"):
+        with stopwatch(taken, "seconds", memory_bytes=2 * stage * STAGES):  # what arrives, on every device
             held["state"] = jax.block_until_ready(how(state))
         assert all(np.isfinite(np.asarray(x[LOST])).all() for x in jax.tree.leaves(held["state"]["params"]["stages"]))
         return taken
