@@ -275,7 +275,7 @@ def show_times(timed: dict[str, Any], version: str) -> None:
     say()
     table(
         "Times on this machine (median of 3 rounds, interleaved)",
-        ["", "jaxckpt", f"Orbax {version}", "uncompressed", "theirs / ours"],
+        ["", "jaxckpt", f"Orbax {version}", "uncompressed", "Orbax / ours, uncompressed / ours"],
         rows,
     )
     say("  [dim]save: until all is on the disk; stall: until training goes on; restore: until every array is there[/]")

@@ -197,6 +197,12 @@ def _find_tree(store: AbstractStore, handlers: object) -> tuple[AbstractStore | 
         return store, ""  # one folder per array, and the tree's metadata lost
     for sign in (om.TREE_METADATA, MANIFEST):
         trees = [name for name in candidates if store.exists(f"{name}/{sign}")]
+        if trees and trees[0].isdecimal() and not isinstance(handlers, dict):
+            newest = max((name for name in trees if name.isdecimal()), key=int)
+            raise InvalidArgumentError(
+                f"{store.url} holds checkpoints by number, {', '.join(trees[:5])}: open one of them, as "
+                f"{store.url}{newest}."
+            )
         if len(trees) > 1:
             shown = ", ".join(f'"{name}"' for name in trees)
             raise InvalidArgumentError(

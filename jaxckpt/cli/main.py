@@ -14,16 +14,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     from jaxckpt.core.errors import CheckpointError
 
-    options = _parser().parse_args(arguments)
+    options = _parser().parse_args(_joined(sys.argv[1:] if arguments is None else arguments))
     try:
         return options.run(options)
     except CheckpointError as error:
-        print(f"jaxckpt: {error}", file=sys.stderr)
+        print(f"jaxckpt: {error}".replace("overwrite=True", "--overwrite"), file=sys.stderr)
         return 2
     except BrokenPipeError:
         # The reader has seen enough (`jaxckpt inspect ... | head`); Python would complain again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+
+
+def _joined(arguments: Sequence[str]) -> list[str]:
+    """``--weights -0.5,1.5`` as ``--weights=-0.5,1.5``: argparse takes what begins with a dash for an option."""
+    found: list[str] = []
+    for argument in arguments:
+        if found and found[-1] == "--weights":
+            found[-1] = f"--weights={argument}"
+        else:
+            found.append(argument)
+    return found
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -137,8 +137,8 @@ class _Files:
             first = self._read(0)
         except NotFoundError:
             raise NotFoundError(
-                f"{step.url} was saved without extras ({FOLDER}/process_0.json is not there). Restore the tree alone, "
-                "or pass extras= to save."
+                f"{step.url} was saved without extras ({FOLDER}/process_0.json is not there). Restore or "
+                "resume this step without extras=, and pass extras= to save from then on."
             ) from None
         self.saved: int = first["processes"]
         self._read_already = {0: first}

@@ -16,7 +16,14 @@ from jaxckpt.checkpoint.leaves import Compression
 from jaxckpt.checkpoint.restore import restore
 from jaxckpt.checkpoint.save import TIMEOUT_S, Hold, Request, start
 from jaxckpt.coordination.jax_client import current_coordinator
-from jaxckpt.core.errors import AlreadyExistsError, CheckpointError, CoordinationError, CorruptionError, NotFoundError
+from jaxckpt.core.errors import (
+    AlreadyExistsError,
+    CheckpointError,
+    CoordinationError,
+    CorruptionError,
+    InvalidArgumentError,
+    NotFoundError,
+)
 from jaxckpt.manager import extras as extra_files
 from jaxckpt.manager.agreement import Agreement
 from jaxckpt.manager.keeper import Keeper
@@ -246,9 +253,16 @@ class CheckpointManager:
         return max(self.all_steps(), default=None)
 
     def best_step(self, metric: str, mode: Literal["min", "max"] = "min") -> int | None:
-        """The step best in a metric, of equals the newer; None where no step has it."""
+        """The step best in a metric, of equals the newer; None where no step has metrics.
+
+        Raises:
+            InvalidArgumentError: steps have metrics, and none has this one; names those there are.
+        """
         steps = set(self.all_steps())
         found = [one for one in self._keeper.records() if one.step in steps]
+        known = sorted({name for one in found for name in one.metrics or {}})
+        if known and metric not in known:
+            raise InvalidArgumentError(f"No step of {self._root.url} has a metric {metric!r}: there are {known}.")
         return next(iter(ranked(found, metric, mode)), None)
 
     def delete(self, step: int) -> None:
