@@ -90,8 +90,8 @@ class Trainer:
         with jax.numpy_dtype_promotion("standard"):
             updates, opt_state = self.tx.update(grads, run.state["opt_state"], params)
             new = {"params": optax.apply_updates(params, updates), "opt_state": opt_state}
-        weights = {"stages": params["stages"]}  # those that the step began with: nothing waits for the copies
-        copies = refresh_copies(run.copies, weights, done, self.layout, self.mesh, every=self.copy_every)
+        weights = {"stages": new["params"]["stages"]}
+        copies = refresh_copies(run.copies, weights, done + 1, self.layout, self.mesh, every=self.copy_every)
         return Run(new, update_norms(run.norms, grads, self.layout), copies), loss
 
     @cached_property
