@@ -24,7 +24,7 @@ def simulate(folder: str, options: list[str], losses: list[tuple[int, list[int]]
     trainer = Trainer(args.stages, args.preset, swap=args.swap, copy_every=args.copy_every)
     held_out = text.eval_batch(batch=32, length=32)
     run, log, step, launch = trainer.begin(), RecoveryLog(), 0, 0
-    subscribe(lambda event: print(event) if isinstance(event, Recovered) else None)
+    stop = subscribe(lambda event: print(event) if isinstance(event, Recovered) else None)
 
     def tell(kind: str, **more: Any) -> None:
         facts.append({"kind": kind, "process": 0, "launch": launch} | more)
@@ -47,6 +47,7 @@ def simulate(folder: str, options: list[str], losses: list[tuple[int, list[int]]
             taken, saved = int(run.copies.taken), newest_checkpoint(args)
             run, step, log = recovered(args, trainer, without(run, lost), lost, step, taken, saved, log, tell)
             look("ready")
+    stop()
     return facts
 
 

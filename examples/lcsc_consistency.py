@@ -2,7 +2,6 @@
 
 python examples/lcsc_consistency.py [folder] [--images digits|mnist] [--smoke]
 (pip install "jaxckpt[examples]"; two to four minutes on two cores)
-
 A consistency model makes an image of noise in one evaluation. While it trains, the manager saves its whole state. Then
 coefficients of the saved weights are searched for with which the images are nearest to the validation images, and are
 judged beside other averages on images and a metric that chose nothing. Writes grid.png, search.png and `best`, the
@@ -11,15 +10,13 @@ searched model, to the folder.
 
 from __future__ import annotations
 
-import argparse
 import sys
-import tempfile
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from _lcsc_train import arguments, tiled, train
 from matplotlib.image import imsave
 
 import jaxckpt as jc
@@ -27,20 +24,14 @@ from jaxckpt import averaging, lcsc
 from jaxckpt.lcsc.metrics import energy_distance, frechet_distance, moments
 from models import classifier, consistency, diffusion, images
 
-EVERY, DECAYS = 50, (0.0, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98)
+DECAYS = (0.0, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("folder", nargs="?", type=Path, default=Path(tempfile.gettempdir(), "lcsc_consistency"))
-    parser.add_argument("--images", choices=images.NAMES, default="digits")
-    parser.add_argument("--smoke", action="store_true", help="small and short, poor images")
-    args = parser.parse_args()
+    args = arguments(__doc__)
     begin, end, budget, many = (100, 500, 151, 256) if args.smoke else (1000, 3000, 1024, 8192)
     data = images.load(args.images)
     config = diffusion.DenoiserConfig(side=data.side, width=48 if args.smoke else 192)
-    args.folder.mkdir(parents=True, exist_ok=True)
-
     root = args.folder / "run"
     like = train(root, config, jnp.asarray(data.train.pixels), begin, end).params
     with jc.CheckpointManager(root) as manager:
@@ -73,7 +64,6 @@ def main() -> int:
         **read,
     )
     found.report.plot(args.folder / "search.png", steps=steps)
-
     one, profiles = np.eye(len(paths)), lcsc.profiles(len(paths), DECAYS)
     alone = [float(score(params)) for params in averaging.average(paths, one, **read)]
     ema = [float(score(params)) for params in averaging.average(paths, profiles, **read)]
@@ -86,8 +76,9 @@ def main() -> int:
         f"LCSC, {found.report.evaluations} evaluations": np.asarray(found.coefficients),
     }
     models = averaging.average(paths, np.stack(list(weights.values())), **read)
-    print(f"Fréchet distance by a classifier's features; {len(paths)} checkpoints, one evaluation for an image\n")
-    print(f"{'':24} validation  held out  energy (guard)  sum |a|")
+    print(
+        f"Fréchet distance by a classifier's features; {len(paths)} checkpoints, one evaluation for an image\n\n{'':24} validation  held out  energy (guard)  sum |a|"
+    )
     key, tested = jax.random.key(2), []
     for (name, a), params in zip(weights.items(), models, strict=True):
         tested.append(float(held_out(params, key)))
@@ -101,23 +92,6 @@ def main() -> int:
     )  # fmt: skip
     print(f"\n{args.folder / 'grid.png'}: a row for each line above, the last row is real; search.png: the search")
     return 0 if tested[-1] < tested[0] else 1
-
-
-def tiled(rows: list[np.ndarray]) -> np.ndarray:
-    """One picture of rows of images (n, s, s), every pixel 3 x 3, with a margin around each image."""
-    lines = [np.hstack(list(np.pad(row, ((0, 0), (1, 1), (1, 1)), constant_values=-1))) for row in rows]
-    return np.kron(np.vstack(lines), np.ones((3, 3)))
-
-
-def train(root: Path, config: diffusion.DenoiserConfig, pixels: jax.Array, begin: int, end: int):
-    advance = consistency.train(config, batch=64, steps=EVERY)
-    with jc.CheckpointManager(root, save=jc.every(steps=EVERY)) as manager:
-        _, state = manager.resume(like=diffusion.new_state(config, learning_rate=1e-3))
-        for step in range(int(state.step) + EVERY, end + 1, EVERY):
-            state, loss = advance(state, pixels, None)
-            manager.save(step, state, metrics={"loss": float(loss)})
-    print(f"trained to step {int(state.step)}; checkpoints of every {EVERY} steps after {begin} are searched")
-    return state
 
 
 if __name__ == "__main__":
