@@ -76,9 +76,8 @@ def main() -> int:
         f"LCSC, {found.report.evaluations} evaluations": np.asarray(found.coefficients),
     }
     models = averaging.average(paths, np.stack(list(weights.values())), **read)
-    print(
-        f"Fréchet distance by a classifier's features; {len(paths)} checkpoints, one evaluation for an image\n\n{'':24} validation  held out  energy (guard)  sum |a|"
-    )
+    print(f"{len(paths)} checkpoints, one evaluation for an image; Fréchet distance by a classifier's features")
+    print(f"{'':24} validation  held out  energy (guard)  sum |a|")
     key, tested = jax.random.key(2), []
     for (name, a), params in zip(weights.items(), models, strict=True):
         tested.append(float(held_out(params, key)))
