@@ -19,12 +19,19 @@ from models import text
 
 def simulate(folder: str, options: list[str], losses: list[tuple[int, list[int]]]) -> list[dict[str, Any]]:
     """Trains, losing stages as ``losses`` says: (step, stages). Returns what workers would have told."""
+    stop = subscribe(lambda event: print(event) if isinstance(event, Recovered) else None)
+    try:
+        return _simulate(folder, options, losses)
+    finally:
+        stop()
+
+
+def _simulate(folder: str, options: list[str], losses: list[tuple[int, list[int]]]) -> list[dict[str, Any]]:
     args = arguments().parse_args([folder, *options])
     facts: list[dict[str, Any]] = []
     trainer = Trainer(args.stages, args.preset, swap=args.swap, copy_every=args.copy_every)
     held_out = text.eval_batch(batch=32, length=32)
     run, log, step, launch = trainer.begin(), RecoveryLog(), 0, 0
-    stop = subscribe(lambda event: print(event) if isinstance(event, Recovered) else None)
 
     def tell(kind: str, **more: Any) -> None:
         facts.append({"kind": kind, "process": 0, "launch": launch} | more)
@@ -47,7 +54,6 @@ def simulate(folder: str, options: list[str], losses: list[tuple[int, list[int]]
             taken, saved = int(run.copies.taken), newest_checkpoint(args)
             run, step, log = recovered(args, trainer, without(run, lost), lost, step, taken, saved, log, tell)
             look("ready")
-    stop()
     return facts
 
 

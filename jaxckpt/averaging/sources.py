@@ -236,7 +236,7 @@ def _struct(entry: LeafEntry) -> jax.ShapeDtypeStruct:
     if entry.kind == "prng_key":
         data = jax.ShapeDtypeStruct(entry.shape, np.uint32)
         return jax.eval_shape(partial(jax.random.wrap_key_data, impl=entry.prng_impl), data)
-    return jax.ShapeDtypeStruct(entry.shape, dtype_of(entry.dtype))
+    return jax.ShapeDtypeStruct(entry.shape, jax.dtypes.canonicalize_dtype(dtype_of(entry.dtype)))
 
 
 def _nothing(entry: LeafEntry) -> Any:
