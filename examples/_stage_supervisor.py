@@ -74,7 +74,7 @@ class Supervisor:
             for line in lines:
                 if line.startswith("{") and line.endswith("}\n"):  # libraries print too
                     self.facts.append(fact := json.loads(line) | {"launch": launch})
-                    if victims[:1] == [process] and (fact["kind"], fact["step"]) == ("step", step):
+                    if victims[:1] == [process] and (fact["kind"], fact.get("step")) == ("step", step):
                         for victim in victims:
                             workers[victim].send_signal(signal.SIGKILL)
         ended.put(process)
