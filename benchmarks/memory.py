@@ -87,7 +87,7 @@ def measure(name: str, action: str, path: Path, size: int) -> dict[str, int]:
     mesh = jax.make_mesh((4, 2), ("d", "m"), axis_types=(AxisType.Auto,) * 2)
     contender = MAKERS[name]()
     small = large_state(mesh, 2 * MIB)
-    warm = path.with_name(f"{path.name} warm {action}")
+    warm = emptied(path.with_name(f"{path.name} warm {action}"))
     contender.save(warm, small)
     contender.restore(warm, abstract(small))
     state = large_state(mesh, size)
