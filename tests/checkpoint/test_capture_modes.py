@@ -192,7 +192,7 @@ def test_wrong_arguments_are_refused_by_name(tmp_path: Path, wrong: dict[str, An
 @pytest.mark.parametrize("mode", ["pinned", "clone"])
 def test_a_tree_larger_than_the_budget_passes_through_it(tmp_path: Path, mode: Any) -> None:
     mib = 2**20
-    tree = [jax.jit(lambda k=k: jnp.full(2 * mib, k, jnp.float32))() for k in range(12)]
+    tree = [jax.jit(lambda k=k: jnp.full(2 * mib, k, jnp.float32))() for k in range(24)]
     STAGING.drop_idle()
     pending = jc.save_async(
         tmp_path / "c", tree, capture=mode, host_budget_bytes=16 * mib, device_budget_bytes=30 * mib
@@ -200,9 +200,9 @@ def test_a_tree_larger_than_the_budget_passes_through_it(tmp_path: Path, mode: A
     for array in tree:
         array.delete()
     pending.result(timeout_s=60)
-    assert [a[0] for a in jc.restore(tmp_path / "c", jc.on_host)] == list(range(12))
+    assert [a[0] for a in jc.restore(tmp_path / "c", jc.on_host)] == list(range(24))
     assert STAGING.admitted_bytes == 0
-    assert STAGING.buffer_bytes < 84 * mib  # of 96: the budget, and what each writer takes at a time
+    assert STAGING.buffer_bytes < 144 * mib  # of 192: the budget, and what is taken at a time by devices and writers
 
 
 def test_the_next_save_waits_for_room_and_comes_in_turn(tmp_path: Path) -> None:
