@@ -10,6 +10,8 @@ import pytest
 from hypothesis import settings
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from jax.sharding import Mesh
 
 N_DEVICES = 8
@@ -50,6 +52,15 @@ for name in (
 
 settings.register_profile("untimed", deadline=None)  # a loaded machine fails no test
 settings.load_profile("untimed")
+
+
+@pytest.fixture(autouse=True)
+def _no_listener_stays() -> Iterator[None]:
+    """What one test subscribes, or a manager that it never closes, is not heard by the next."""
+    yield
+    events = sys.modules.get("jaxckpt.core.events")
+    if events is not None:
+        events._replace(())
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ import numpy as np
 from jax.core import Tracer
 from jax.sharding import NamedSharding, Sharding, SingleDeviceSharding
 
-from jaxckpt.core.dtypes import is_storable
+from jaxckpt.core.dtypes import is_storable, name_of
 from jaxckpt.core.errors import InvalidArgumentError, UnsupportedLeafError
 from jaxckpt.core.tree import NamedLeaf, Node, flatten, map_leaves
 from jaxckpt.format.sidecar import LeafEntry
@@ -145,7 +145,7 @@ def _array_entry(leaf: NamedLeaf, kind: str, array: Any, compression: Compressio
     return LeafEntry(
         name=leaf.name,
         kind=kind,
-        dtype=array.dtype.name,
+        dtype=name_of(array.dtype),
         shape=tuple(array.shape),
         zstd_level=None if compression is None else _level(compression, leaf.name, array),
         memory_kind=memory or "",

@@ -168,12 +168,19 @@ class Session:
         for rank in ranks:
             while rank not in payloads:
                 left_s = max(deadline - time.monotonic(), 0)
+                key = self._arrival_key(stage, rank)
                 try:
-                    key = self._arrival_key(stage, rank)
                     payloads[rank] = self._coordinator.get(key, timeout_s=min(slice_s, left_s))
                     break
                 except TimeoutError:
-                    self._raise_failure()
+                    if self._has_failure():
+                        # It may have arrived and failed since, and what arrived is what the process is asked for.
+                        arrived = self._coordinator.try_get(key)
+                        if arrived is None:
+                            self._raise_failure()
+                        else:
+                            payloads[rank] = arrived
+                            break
                 slice_s = min(2 * slice_s, longest_slice_s)
                 now = time.monotonic()
                 if now >= deadline:
@@ -209,6 +216,9 @@ class Session:
             else:
                 sightings[rank] = _Sighting(number=number, stage=stage, since=now)
         return sightings
+
+    def _has_failure(self) -> bool:
+        return self._coordinator.try_get(f"{self._root}/failure") is not None
 
     def _raise_failure(self) -> None:
         record = self._coordinator.try_get(f"{self._root}/failure")

@@ -36,6 +36,12 @@ def mover(dtype: np.dtype) -> np.dtype:
     return _MOVERS.get(dtype.itemsize, dtype)
 
 
+@lru_cache(maxsize=256)
+def name_of(dtype: np.dtype) -> str:
+    """The name of a dtype, which numpy puts together anew each time."""
+    return dtype.name
+
+
 def is_packed(dtype: np.dtype) -> bool:
     """Whether XLA may keep several elements in one byte, where numpy and the checkpoint have a byte for each."""
     return dtype.kind == "V" and dtype.name.startswith(("int", "uint", "float4", "float6"))

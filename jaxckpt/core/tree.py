@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
 
 PyTree = Any
@@ -71,7 +72,7 @@ def children_of(tree: PyTree) -> tuple[str, str, tuple[Hashable, ...], list[Any]
         return kind.__name__, "", tuple(range(len(tree))), list(tree)
     if tree is None:
         return "none", "", (), []
-    if kind in _PLAIN_LEAVES:
+    if kind in _PLAIN_LEAVES or isinstance(tree, jax.Array):
         return None
     if kind in (OrderedDict, defaultdict):
         return "dict", _type_name(kind), tuple(tree), list(tree.values())
@@ -233,4 +234,4 @@ def _loaded_type(name: str) -> type | None:
 
 
 _LEAF = jax.tree_util.tree_structure(0)
-_PLAIN_LEAVES = {int, float, bool, complex, str, bytes}
+_PLAIN_LEAVES = {int, float, bool, complex, str, bytes, np.ndarray}

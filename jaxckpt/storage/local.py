@@ -21,6 +21,7 @@ from jaxckpt.storage.descriptors import OpenFiles
 from jaxckpt.storage.store import AbstractDataWriter, AbstractStore, check_name
 
 _TEMPORARY = ".jaxckpt-tmp-"
+_PARALLEL_IO = min(4, max(2, os.cpu_count() or 1))
 
 
 @final
@@ -31,11 +32,14 @@ class LocalStore(AbstractStore):
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
         self.root = os.path.abspath(root)
-        self.url = Path(self.root, "x").as_uri()[:-1]
-        self.parallel_io = min(4, max(2, os.cpu_count() or 1))
+        self.parallel_io = _PARALLEL_IO
         self._unsynced: set[str] = set()
         self._lock = threading.Lock()
         self._syncing = threading.Lock()
+
+    @cached_property
+    def url(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride] most saves never name it
+        return Path(self.root, "x").as_uri()[:-1]
 
     @property
     def background_io(self) -> int:
