@@ -2,6 +2,7 @@
 
 import threading
 import time
+from contextlib import suppress
 from typing import final
 
 from jaxckpt.core.errors import AlreadyExistsError, NotFoundError
@@ -47,8 +48,9 @@ class Keeper:
                 del self._known[step]
             for step, folder in folders.items():
                 if step not in self._known:
-                    self._known[step] = read_record(self._root, step, folder)
-            return [self._known[step] for step in folders]
+                    with suppress(NotFoundError):  # deleted by another process since it was listed
+                        self._known[step] = read_record(self._root, step, folder)
+            return [self._known[step] for step in folders if step in self._known]
 
     def make_room(self, step: int) -> None:
         """Make a folder free for a step, and tell other runs who writes there.

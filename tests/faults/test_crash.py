@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -57,14 +58,6 @@ BEFORE: dict[str, Callable[[AbstractStore], None]] = {
 }
 
 
-def operations(place: Callable[[], AbstractStore], before: Callable[[AbstractStore], None], overwrite: bool) -> int:
-    store = place()
-    before(store)
-    counted = CrashAfter(store, None)
-    jc.save(counted, tree(NEW), overwrite=overwrite)
-    return counted.operations
-
-
 @pytest.fixture(params=["file", "memory"])
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[], AbstractStore]:
     count = iter(range(10_000))
@@ -81,12 +74,15 @@ def test_a_crash_at_any_write_leaves_the_old_or_the_new(
     if case.startswith("orbax") and place().url.startswith("memory"):
         return  # Orbax knows no memory://
     seen = set()
-    for n in range(1, operations(place, before, overwrite) + 1):
+    for n in count(1):  # how many operations there are differs with the number of files that Orbax wrote
         store = place()
         before(store)
         old = jc.restore(store) if overwrite else None
-        with pytest.raises(SimulatedCrash):
+        try:
             jc.save(CrashAfter(store, n, partial=partial), tree(NEW), overwrite=overwrite)
+            break
+        except SimulatedCrash:
+            pass
         found = outcome(store)
         if isinstance(found, CheckpointError):
             assert not overwrite, f"crash at {n}: {found}"

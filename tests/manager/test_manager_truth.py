@@ -15,7 +15,9 @@ import pytest
 import jaxckpt as jc
 from jaxckpt.core.events import StepDeleted, subscribe
 from jaxckpt.manager.policies import Policy, StepRecord
+from jaxckpt.storage.url import open_store
 from jaxckpt.testing.servers import seaweed_s3
+from jaxckpt.testing.stores import FaultyStore
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -158,6 +160,25 @@ class Broken(Policy):
 
     def kept(self, steps: Sequence[StepRecord], now_s: float) -> set[int]:
         raise KeyError("accuracy")
+
+
+def test_a_step_that_another_process_deletes_while_the_best_is_sought_is_passed_over(tmp_path: Path) -> None:
+    root = f"memory://{tmp_path.name}/vanishes"
+    writer = jc.CheckpointManager(root)
+    for step in (1, 2, 3):
+        writer.save(step, {"w": np.ones(3)}, metrics={"loss": float(step)})
+        writer.wait()
+    asked: list[str] = []
+
+    def delete_first(operation: str, name: str) -> None:
+        if operation == "read" and name.startswith("1/") and not asked:
+            asked.append(name)
+            writer.delete(1)
+
+    with jc.CheckpointManager(FaultyStore(open_store(root), delete_first)) as reader:
+        assert reader.best_step("loss") == 2
+    assert asked
+    writer.close()
 
 
 def test_a_keep_policy_that_raises_loses_no_step(tmp_path: Path) -> None:
