@@ -3,12 +3,13 @@
 The optax transformations here need optax; importing this module does not.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxckpt.core.errors import InvalidArgumentError
 from jaxckpt.core.tree import PyTree, flatten, rebuild
@@ -56,8 +57,10 @@ def stage_optimizer(tx: Any, layout: StageLayout) -> Any:
 
     def init(params: PyTree) -> StageOptimizerState:
         stacked, listed, outside = _split(params, layout)
+        with _mesh_of(stacked):
+            made = _vmap(tx.init, axes)(stacked) if stacked else ()
         return StageOptimizerState(
-            _placed(_vmap(tx.init, axes)(stacked), stacked) if stacked else (),
+            _placed(made, stacked) if stacked else (),
             {block: tx.init(part) for block, part in listed.items()},
             tx.init(outside) if outside else (),
         )
@@ -167,6 +170,16 @@ def _split(tree: PyTree, layout: StageLayout) -> tuple[dict[str, Any], dict[str,
 def _joined(like: PyTree, values: dict[str, Any]) -> PyTree:
     names = iter([leaf.name for leaf in flatten(like)[0]])
     return rebuild(like, lambda _, __: values[next(names)])
+
+
+def _mesh_of(stacked: dict[str, Any]) -> AbstractContextManager[Any]:
+    """The mesh in force where its axes are Explicit: jax 0.10 needs that for ``zeros_like`` under ``vmap``."""
+    first = next(iter(stacked.values()), None)
+    sharding = None if isinstance(first, Tracer) else getattr(first, "sharding", None)
+    if not isinstance(sharding, NamedSharding) or not isinstance(sharding.mesh, Mesh):
+        return nullcontext()
+    explicit = AxisType.Explicit in sharding.mesh.axis_types
+    return jax.set_mesh(sharding.mesh) if explicit and jax.sharding.get_abstract_mesh().empty else nullcontext()
 
 
 def _placed(state: PyTree, stacked: dict[str, Any]) -> PyTree:

@@ -26,8 +26,8 @@ PLAIN = StageLayout(stages=4, rules=(Stacked(pattern="stages"),))
 CIRCULAR = StageLayout(stages=4, repeats=2, rules=(Stacked(pattern="stages", stage_axis=1, repeat_axis=0),))
 
 
-def mesh_of(stage: int = 4, fsdp: int = 2) -> Any:
-    return jax.make_mesh((stage, fsdp), ("stage", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+def mesh_of(stage: int = 4, fsdp: int = 2, kind: AxisType = AxisType.Auto) -> Any:
+    return jax.make_mesh((stage, fsdp), ("stage", "fsdp"), axis_types=(kind,) * 2)
 
 
 def oracle(left: Any, right: Any, a: float, b: float, power: int) -> Any:
@@ -197,13 +197,35 @@ def test_the_first_update_after_recovery_is_no_larger_than_the_learning_rate(mod
         assert np.abs(updates["stages"]).max() <= 1.05 * 1e-2
 
 
-def test_moments_lie_where_their_weights_lie() -> None:
-    mesh = mesh_of()
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_moments_lie_where_their_weights_lie(kind: AxisType) -> None:
+    mesh = mesh_of(kind=kind)
     w = put(np.ones((4, 8, 6), np.float32), mesh, "stage", "fsdp")
     state = stage_optimizer(optax.adam(1e-2), PLAIN).init({"stages": w})
     moments = state.stacked_stages[0]
     assert moments.mu["stages"].sharding == moments.nu["stages"].sharding == w.sharding
     assert moments.count.sharding.spec == P("stage")
+
+
+@pytest.mark.parametrize("layout", [PLAIN, CIRCULAR])
+def test_explicit_axes_recover_to_the_same_bits(layout: StageLayout) -> None:
+    """The optimizer's state made, a step taken, a stage lost and filled in, without a mesh in force."""
+    tx = optax.chain(stage_optimizer(optax.adam(1e-2), layout), scale_by_stage_lr(layout))
+    lead = (4,) if layout is PLAIN else (2, 4)
+    w = np.random.default_rng(0).normal(size=(*lead, 16, 8)).astype(np.float32)
+
+    def run(kind: AxisType) -> Any:
+        mesh = mesh_of(kind=kind)
+        params = {"stages": put(w, mesh, *([None] * (len(lead) - 1)), "stage", "fsdp"), "head": put(w[0], mesh)}
+        opt_state = tx.init(params)
+        grads = jax.tree.map(lambda x: 0.1 * x, params)
+        updates, opt_state = tx.update(grads, opt_state, params)
+        state = {"params": optax.apply_updates(params, updates), "opt_state": opt_state}
+        plan = plan_recovery(1, layout)
+        return recover_stage(state, plan, mesh, norms=jnp.asarray([0.3, 1.7, 0.011, 2.5], jnp.float32), tx=tx)
+
+    auto, explicit = run(AxisType.Auto), run(AxisType.Explicit)
+    jax.tree.map(np.testing.assert_array_equal, explicit, auto)
 
 
 def test_a_shared_count_under_fresh_moments_is_refused() -> None:
