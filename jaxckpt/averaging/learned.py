@@ -19,6 +19,7 @@ from jaxckpt.averaging.sources import arrays_of, open_sources
 from jaxckpt.checkpoint.match import Places
 from jaxckpt.checkpoint.source import Source
 from jaxckpt.core.errors import InvalidArgumentError, MismatchError
+from jaxckpt.core.text import counted
 from jaxckpt.core.tree import flatten
 from jaxckpt.storage.url import StorageOptions
 
@@ -151,7 +152,8 @@ def _groups(like: PyTree, globs: Sequence[str]) -> dict[Any, int]:
         else:
             found[leaf.path] = group
     if unmatched:
-        raise InvalidArgumentError(f'{len(unmatched)} leaves match none of groups, as "{unmatched[0]}": add "*".')
+        some = counted(len(unmatched), "leaf matches", "leaves match")
+        raise InvalidArgumentError(f'{some} none of groups, as "{unmatched[0]}": add "*".')
     return found
 
 

@@ -14,6 +14,7 @@ from jaxckpt.checkpoint.place import want_like
 from jaxckpt.checkpoint.source import Source
 from jaxckpt.core.dtypes import dtype_of
 from jaxckpt.core.errors import InvalidArgumentError, MismatchError
+from jaxckpt.core.text import counted
 from jaxckpt.core.tree import NONE, NamedLeaf, Node, Path, build, flatten, path_name, rebuild
 from jaxckpt.format.sidecar import LeafEntry
 
@@ -284,7 +285,7 @@ def _unexpected(sources: Sequence[Source], places: Sequence[Places], wanted: Seq
 
 
 def _report(problems: list[str]) -> str:
-    lines = [f"The sources do not fit together; {len(problems)} leaves differ:"]
+    lines = [f"The sources do not fit together; {counted(len(problems), 'leaf differs', 'leaves differ')}:"]
     lines += [f"  {line}" for line in problems[:SHOWN]]
     if len(problems) > SHOWN:
         lines.append(f"  ... and {len(problems) - SHOWN} more")
@@ -303,7 +304,8 @@ def _matrix(value: Any, count: int, glob: str) -> np.ndarray:
     where = f' of "{glob}"' if glob else ""
     if array.ndim not in (1, 2) or array.shape[-1] != count or not array.size:
         raise InvalidArgumentError(
-            f"weights{where} have the shape {array.shape} for {count} sources; they are [{count}] or [P, {count}]."
+            f"weights{where} have the shape {array.shape} for {counted(count, 'source')}; they are [{count}] or [P, "
+            f"{count}]."
         )
     if not np.isfinite(array).all():
         raise InvalidArgumentError(f"weights{where} are not all finite: {array.tolist()}.")

@@ -9,6 +9,7 @@ import numpy as np
 
 from jaxckpt.averaging.average import average
 from jaxckpt.core.errors import InvalidArgumentError
+from jaxckpt.core.text import counted
 
 PyTree = Any
 
@@ -98,7 +99,7 @@ def greedy_soup(
     log = _Log(progress, count, mode)
     if scores is not None:
         if len(scores) != count:
-            raise InvalidArgumentError(f"There are {len(scores)} scores for {count} sources.")
+            raise InvalidArgumentError(f"scores has {len(scores)} of them for {counted(count, 'source')}.")
         log.scores = [float(score) for score in scores]
     for k in range(len(log.scores), count):
         log.scores.append(float(evaluate(average([sources[k]], [1.0], **_alone(how, k)))))

@@ -17,6 +17,7 @@ from jaxckpt.checkpoint.source import Source
 from jaxckpt.core.box import Box, from_index, intersect, whole
 from jaxckpt.core.dtypes import dtype_of, mover
 from jaxckpt.core.errors import InvalidArgumentError
+from jaxckpt.core.text import counted
 from jaxckpt.core.tree import build, flatten
 from jaxckpt.format.sidecar import LeafEntry
 from jaxckpt.storage.store import AbstractStore
@@ -35,7 +36,9 @@ def open_sources(sources: Sequence[Any], eval_params: EvalParams, options: Stora
         )
     functions = [eval_params] * len(sources) if eval_params is None or callable(eval_params) else list(eval_params)
     if len(functions) != len(sources):
-        raise InvalidArgumentError(f"{len(functions)} functions in eval_params for {len(sources)} sources.")
+        raise InvalidArgumentError(
+            f"eval_params has {counted(len(functions), 'function')} for {counted(len(sources), 'source')}."
+        )
     found: list[Source] = []
     programs: dict[Any, Any] = {}
     for place, (source, function) in enumerate(zip(sources, functions, strict=True)):

@@ -22,6 +22,7 @@ from jax.sharding import Sharding
 
 from jaxckpt.checkpoint.leaves import Described, plain_value
 from jaxckpt.core.errors import AlreadyExistsError
+from jaxckpt.core.text import counted
 from jaxckpt.core.tree import path_name
 from jaxckpt.format import orbax_metadata as om
 from jaxckpt.format import sidecar as sc
@@ -61,7 +62,8 @@ def examine(store: AbstractStore, *, overwrite: bool) -> Before:
     foreign = [name for name in names if not is_ours(name)]
     if foreign and not committed:
         raise AlreadyExistsError(
-            f"{store.url} holds {len(foreign)} files that are no part of a checkpoint, as {', '.join(foreign[:5])}. "
+            f"{store.url} holds {counted(len(foreign), 'file that is', 'files that are')} no part of a checkpoint, as "
+            f"{', '.join(foreign[:5])}. "
             "Nothing was written: save to a folder of its own."
         )
     return Before(committed=committed, names=names)

@@ -23,6 +23,7 @@ from jaxckpt.core.errors import (
     StorageError,
     UnsupportedFormatError,
 )
+from jaxckpt.core.text import counted
 from jaxckpt.core.tree import NONE, Node, Path, flatten
 from jaxckpt.format import orbax_metadata as om
 
@@ -258,8 +259,8 @@ def _leaves(
     lost = [".".join(e.keys) for e in entries if e.skip and e.value_type not in _EMPTY]
     if lost:
         raise UnsupportedFormatError(
-            f"{store.url}: {len(lost)} leaves ({', '.join(lost[:5])}) are in the msgpack file of an old Orbax, which "
-            "is not read. Load the checkpoint with Orbax and save it anew."
+            f"{store.url}: {counted(len(lost), 'leaf is', 'leaves are')} in the msgpack file of an old Orbax, which is "
+            f"not read: {', '.join(lost[:5])}. Load the checkpoint with Orbax and save it anew."
         )
     shardings = _optional(store, om.SHARDING, om.decode_sharding)
     impls = _optional(store, om.ARRAY_METADATAS, om.decode_prng_impls)
@@ -330,8 +331,9 @@ def _array_records(kvstore: ts.KvStore, names: Sequence[str], zarr3_first: bool,
         waiting = [name for name in waiting if name not in found]
     if waiting:
         raise CorruptionError(
-            f"{url}: {om.TREE_METADATA} names {len(names)} arrays, and {len(waiting)} of them are not there: "
-            f"{', '.join(waiting[:10])} (looked for {_key(waiting[0], keys[0])} and {_key(waiting[0], keys[1])})."
+            f"{url}: {om.TREE_METADATA} names {counted(len(names), 'array')}, and {len(waiting)} of these "
+            f"cannot be found: {', '.join(waiting[:10])} (looked for {_key(waiting[0], keys[0])} and "
+            f"{_key(waiting[0], keys[1])})."
         )
     return found
 

@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding, Sharding, SingleDeviceSharding
 
 from jaxckpt.core.dtypes import is_storable, name_of
 from jaxckpt.core.errors import InvalidArgumentError, UnsupportedLeafError
+from jaxckpt.core.text import counted
 from jaxckpt.core.tree import NamedLeaf, Node, flatten, map_leaves
 from jaxckpt.format.sidecar import LeafEntry
 from jaxckpt.plan.save import ArraySpec
@@ -181,7 +182,7 @@ def _unwritable_names(leaves: Sequence[NamedLeaf]) -> list[str]:
 def _refusal(refused: Sequence[str]) -> str:
     shown = "\n  ".join(refused[:10]) + (f"\n  ... and {len(refused) - 10} more" if len(refused) > 10 else "")
     return (
-        f"{len(refused)} leaves cannot be saved:\n  {shown}\n"
+        f"{counted(len(refused), 'leaf', 'leaves')} cannot be saved:\n  {shown}\n"
         "Leaves may be jax and numpy arrays of any numeric dtype, typed PRNG keys, and Python int, float, bool, "
         "complex, str, bytes and None. Remove the others from the tree, or convert them first."
     )

@@ -1,6 +1,5 @@
 """Match the leaves of ``like`` with those of a checkpoint: strictly, and with a report of everything that differs."""
 
-import difflib
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -8,6 +7,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from jaxckpt.core.errors import InvalidArgumentError, MismatchError
+from jaxckpt.core.text import counted, nearest
 from jaxckpt.core.tree import NamedLeaf, Node, Path, path_name, walk
 
 SHOWN = 10
@@ -88,14 +88,15 @@ def raise_on(differences: Differences, url: str, places: Places, wanted: Sequenc
         return
     lines = [f"The checkpoint at {url} and `like` disagree:"]
     names = [path_name(path) for path in places.leaves]
-    for title, found, others in (
-        ("leaves of `like` are not in the checkpoint", differences.missing, differences.unexpected or names),
-        ("leaves of the checkpoint are not in `like`", differences.unexpected, differences.missing),
+    for one, other, found, others in (
+        ("`like`", "the checkpoint", differences.missing, differences.unexpected or names),
+        ("the checkpoint", "`like`", differences.unexpected, differences.missing),
     ):
         if found:
-            lines += [f"  {len(found)} {title}:", *(f"    {line}" for line in _grouped(found, others))]
+            title = counted(len(found), f"leaf of {one} is not in {other}", f"leaves of {one} are not in {other}")
+            lines += [f"  {title}:", *(f"    {line}" for line in _grouped(found, others))]
     if differences.wrong:
-        lines.append(f"  {len(differences.wrong)} leaves differ in shape, dtype or kind:")
+        lines.append(f"  {counted(len(differences.wrong), 'leaf differs', 'leaves differ')} in shape, dtype or kind:")
         lines += [f"    {line}" for line in differences.wrong[:SHOWN]]
         if len(differences.wrong) > SHOWN:
             lines.append(f"    ... and {len(differences.wrong) - SHOWN} more")
@@ -121,9 +122,9 @@ def _grouped(names: list[str], others: Iterable[str]) -> list[str]:
         if len(members) > 1:
             lines.append(f'{len(members)} leaves under "{group}", as "{members[0]}"')
             continue
-        near = difflib.get_close_matches(members[0], others, n=1, cutoff=0.75) if len(others) <= 20_000 else []
-        lines.append(f'"{members[0]}"' + (f' (the other side has "{near[0]}")' if near else ""))
-    return lines[:SHOWN] + ([f"... and {len(lines) - SHOWN} more groups"] if len(lines) > SHOWN else [])
+        near = nearest(members[0], others)
+        lines.append(f'"{members[0]}"' + (f' (the other side has "{near}")' if near else ""))
+    return lines[:SHOWN] + ([f"... and {counted(len(lines) - SHOWN, 'more group')}"] if len(lines) > SHOWN else [])
 
 
 def _group(name: str) -> str:
@@ -140,7 +141,7 @@ def _counts(saved: Mapping[Path, int], wanted: Sequence[Path]) -> list[str]:
     ours, theirs = _numbered(saved), _numbered(wanted)
     unequal = [prefix for prefix in sorted(set(ours) & set(theirs)) if ours[prefix] != theirs[prefix]]
     return [
-        f'  Under "{prefix}" the checkpoint has {ours[prefix]} numbered parts, `like` has {theirs[prefix]}.'
+        f'  Under "{prefix}" the checkpoint has {counted(ours[prefix], "numbered part")}, `like` has {theirs[prefix]}.'
         for prefix in unequal[:3]
     ]
 

@@ -19,6 +19,7 @@ from jaxckpt.coordination.session import TIMEOUT_S
 from jaxckpt.core.dtypes import dtype_of
 from jaxckpt.core.errors import InvalidArgumentError, MismatchError
 from jaxckpt.core.events import Restored, StageEnded, emit, is_heard
+from jaxckpt.core.text import counted
 from jaxckpt.core.tree import NONE, build, children_of, flatten, path_name, rebuild
 from jaxckpt.storage.url import Location, StorageOptions, location_text, open_store
 from jaxckpt.transfer.upload import Allocation, Destination, Target, device_destination, host_destination
@@ -184,9 +185,9 @@ def refuse_narrowing(source: Source, wants: Iterable[Want]) -> None:
     if wide:
         shown = ", ".join(f'"{e.name}" ({e.dtype})' for e in wide[:5])
         raise MismatchError(
-            f"{len(wide)} leaves of {source.url} are 64-bit JAX arrays, which this process would cut to 32 bits, as "
-            f"{shown}. Nothing was restored: set jax_enable_x64, restore to numpy (jaxckpt.on_host), or give "
-            "`like` and cast=True."
+            f"{counted(len(wide), 'leaf', 'leaves')} of {source.url} would be cut from 64 to 32 bits as JAX arrays of "
+            f"this process: {shown}. Nothing was restored: set jax_enable_x64, restore to numpy (jaxckpt.on_host), or "
+            "give `like` and cast=True."
         )
 
 
@@ -223,8 +224,8 @@ def _check_kept(url: str, leaves: list, wants: dict) -> None:
     abstract = [leaf.name for leaf in leaves if leaf.path not in wants and isinstance(leaf.value, jax.ShapeDtypeStruct)]
     if abstract:
         raise MismatchError(
-            f"{len(abstract)} leaves are to keep the value of `like`, which is abstract there, as "
-            f"{', '.join(abstract[:5])}: the checkpoint at {url} has none that fits. Give arrays for them in `like`."
+            f"{counted(len(abstract), 'leaf is', 'leaves are')} to keep the value of `like`, which is abstract there, "
+            f"as {', '.join(abstract[:5])}: the checkpoint at {url} has none that fits. Give arrays there in `like`."
         )
 
 

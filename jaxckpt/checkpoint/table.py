@@ -10,6 +10,7 @@ import numpy as np
 from jaxckpt.checkpoint.leaves import Described
 from jaxckpt.core.checksum import crc32c
 from jaxckpt.core.errors import CoordinationError
+from jaxckpt.core.text import counted
 from jaxckpt.format.sidecar import ChunkTable, LeafEntry
 from jaxckpt.transfer.write import Written
 
@@ -79,8 +80,9 @@ def _other_tree(rank: int, place: int, ours: Marks, theirs: Marks, described: De
         entry, sharding = described.entries[index], described.specs[index].sharding
         what = f'"{described.leaves[place].name}" ({entry.kind} {entry.shape} {entry.dtype}, {sharding}) differs there'
     return (
-        f"Process {rank} of {size} saves another tree than process 0 ({len(theirs.forms)} and {len(ours.forms)} "
-        f"leaves): {what}. Nothing was committed. All processes must save equal names, shapes, dtypes and shardings."
+        f"Process {rank} of {size} saves another tree than process 0 "
+        f"({counted(len(theirs.forms), 'leaf', 'leaves')}, and there {len(ours.forms)}): {what}. Nothing was "
+        "committed. All processes must save equal names, shapes, dtypes and shardings."
     )
 
 

@@ -9,6 +9,7 @@ from jaxckpt.checkpoint.source import OwnSource, check_manifest, open_source
 from jaxckpt.core.box import whole
 from jaxckpt.core.checksum import crc32c
 from jaxckpt.core.errors import CheckpointError, CorruptionError, UnsupportedFormatError
+from jaxckpt.core.text import counted
 from jaxckpt.core.tree import path_name, walk
 from jaxckpt.format.ocdbt_reader import decode_database
 from jaxckpt.format.sidecar import manifest_checksum
@@ -37,9 +38,11 @@ class VerifyReport:
             "every chunk matches its checksum" if self.checksums else "everything can be read (no checksums of values)"
         )
         if self.ok:
-            return f"{self.url}: {len(self.leaves)} leaves, {self.read_bytes} bytes: {proof}"
+            whole = counted(len(self.leaves), "leaf", "leaves")
+            return f"{self.url}: {whole}, {counted(self.read_bytes, 'byte')}: {proof}"
         shown = "\n".join(f"  {line}" for line in self.problems)
-        return f"{self.url}: {len(self.problems)} problems, {len(self.leaves)} leaves are whole\n{shown}"
+        whole = counted(len(self.leaves), "leaf is whole", "leaves are whole")
+        return f"{self.url}: {counted(len(self.problems), 'problem')}, {whole}\n{shown}"
 
 
 def verify(path: Location, *, options: StorageOptions | None = None) -> VerifyReport:

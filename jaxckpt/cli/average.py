@@ -53,6 +53,7 @@ def run(options: argparse.Namespace) -> int:
     from jaxckpt.averaging.lawa import newest
     from jaxckpt.core.dtypes import dtype_of
     from jaxckpt.core.errors import InvalidArgumentError
+    from jaxckpt.core.text import counted
 
     jax.config.update("jax_enable_x64", True)  # 64-bit leaves stay so
     if bool(options.sources) == bool(options.of):
@@ -77,7 +78,7 @@ def run(options: argparse.Namespace) -> int:
         dtype=dtype,
     )
     shown = ["equal weights"] if weights is None else [f"{weight:g}" for weight in weights]
-    print(f"{options.output}: {len(sources)} checkpoints, {method}: {' '.join(shown)}")
+    print(f"{options.output}: {counted(len(sources), 'checkpoint')}, {method}: {' '.join(shown)}")
     return 0
 
 

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from jaxckpt.core.errors import InvalidArgumentError
+from jaxckpt.core.text import counted
 from jaxckpt.integrations.elastic import (
     Order,
     Remaining,
@@ -87,8 +88,8 @@ class ElasticIterator(Generic[Batch]):
         self.rank, self.size = place_of(rank, size)
         if batch_size < self.size:
             raise InvalidArgumentError(
-                f"batch_size={batch_size} is the batch of all hosts together and must have a sample for each of the "
-                f"{self.size} hosts."
+                f"batch_size={batch_size} is the batch of all hosts together and must have a sample for each: "
+                f"{counted(self.size, 'host')}."
             )
         self.batch_size = batch_size
         self._order = Order(length=len(source), seed=seed, epochs=epochs)
@@ -257,7 +258,7 @@ def place_of(rank: int | None, size: int | None) -> tuple[int, int]:
     rank = jax.process_index() if rank is None else rank
     size = jax.process_count() if size is None else size
     if not 0 <= rank < size:
-        raise InvalidArgumentError(f"rank={rank} is not one of {size} hosts: it must be 0 to {size - 1}.")
+        raise InvalidArgumentError(f"rank={rank} is not one of {counted(size, 'host')}: it must be 0 to {size - 1}.")
     return rank, size
 
 

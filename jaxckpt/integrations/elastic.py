@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from jaxckpt.core.errors import InvalidArgumentError, MismatchError
+from jaxckpt.core.text import counted
 
 _ROUNDS = 8
 _MOST_SAMPLES = 1 << 62
@@ -234,8 +235,9 @@ def by_rank(states: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             raise MismatchError(f"Two states say that they are of rank {state['rank']}, and differ: {state}")
     sizes = sorted({state["size"] for state in states})
     if len(sizes) != 1 or sorted(found) != list(range(sizes[0])):
+        told = " and ".join(counted(size, "host") for size in sizes) or "no hosts"
         raise MismatchError(
-            f"States of ranks {sorted(found)} were given, of {' and '.join(map(str, sizes)) or 'no'} hosts: what was "
+            f"States of ranks {sorted(found)} were given, of {told}: what was "
             "taken is known only from one state of every host. Give the states of all of them."
         )
     return [found[rank] for rank in range(sizes[0])]

@@ -14,6 +14,7 @@ import grain
 import numpy as np
 
 from jaxckpt.core.errors import InvalidArgumentError, MismatchError
+from jaxckpt.core.text import counted
 from jaxckpt.integrations.data import merged, place_of
 from jaxckpt.integrations.elastic import Order, Remaining, by_rank, check_order, common, remaining_of
 
@@ -89,10 +90,12 @@ class AbstractElasticGrain(abc.ABC):
         for state in found:
             if state["taken"] is None:
                 raise MismatchError(
-                    f"The Grain pipeline was saved on {len(found)} hosts and is restored on {self.size}, but its state "
-                    f"holds more than how many samples were taken: it has the members {sorted(state['grain'])}. Such "
-                    "samples in hand (a window shuffle, packing, a mixture) cannot be shared anew. Restore on "
-                    f"{len(found)} hosts, or move that stage in front of ElasticDataset, where it is one for all hosts."
+                    f"The Grain pipeline was saved on {counted(len(found), 'host')} and is restored on {self.size}, "
+                    "but its state holds more than how many samples were taken: it has the members "
+                    f"{sorted(state['grain'])}. Such samples in hand (a window shuffle, packing, a mixture) cannot be "
+                    "shared anew. Restore on "
+                    f"{counted(len(found), 'host')}, or move that stage in front of ElasticDataset, where it is one "
+                    "for all hosts."
                 )
         self._restart(merged(found))
 
@@ -283,7 +286,8 @@ def _check_one_to_one(built: Any, source: grain.MapDataset) -> None:
             continue
         if isinstance(stage, grain.MapDataset) and len(stage) != len(source):
             raise InvalidArgumentError(
-                f"{stage} makes {len(stage)} elements of {len(source)} samples before to_iter_dataset(): how many "
+                f"{stage} makes {counted(len(stage), 'element')} of {counted(len(source), 'sample')} before "
+                "to_iter_dataset(): how many "
                 "samples a host took could not be told then. Move it after to_iter_dataset(), or (repeat, mix) to the "
                 "dataset that ElasticDataset is given."
             )

@@ -16,6 +16,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, Sharding
 
 from jaxckpt.checkpoint import restore as tree_restore
 from jaxckpt.core.errors import InvalidArgumentError
+from jaxckpt.core.text import counted
 from jaxckpt.storage.url import Location, StorageOptions
 
 Node = Any  # a module, an optimizer, Rngs, or a tuple, list or dict of them
@@ -155,7 +156,8 @@ def _abstract(node: Node | Callable[[], Node], where: Where) -> tuple[nnx.GraphD
     placed = jax.tree.leaves(shardings, is_leaf=lambda leaf: leaf is None or isinstance(leaf, Sharding))
     if len(placed) != len(leaves):
         raise InvalidArgumentError(
-            f"`where` gave {len(placed)} shardings for the {len(leaves)} arrays of the state: it must give one each."
+            f"`where` gave {counted(len(placed), 'sharding')} for a state of {counted(len(leaves), 'array')}: it must "
+            "give one each."
         )
     return graph, treedef.unflatten(
         [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s) for leaf, s in zip(leaves, placed, strict=True)]

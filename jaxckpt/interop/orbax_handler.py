@@ -26,6 +26,7 @@ from jaxckpt.checkpoint.source import Source, open_source
 from jaxckpt.core.dtypes import dtype_of
 from jaxckpt.core.errors import InvalidArgumentError, MismatchError
 from jaxckpt.core.events import Captured, emit
+from jaxckpt.core.text import counted
 from jaxckpt.core.tree import build, flatten, path_name, rebuild
 from jaxckpt.storage.url import open_store
 from jaxckpt.transfer.capture import Mode
@@ -293,7 +294,8 @@ def _cast(item: PyTree, save_args: PyTree) -> PyTree:
     leaves, treedef = jax.tree.flatten(item)
     asked = jax.tree.leaves(save_args, is_leaf=lambda leaf: leaf is None or isinstance(leaf, ocp.SaveArgs))
     if len(asked) != len(leaves):
-        raise MismatchError(f"save_args has {len(asked)} leaves and item has {len(leaves)}: they must be of one form.")
+        some = counted(len(asked), "leaf", "leaves")
+        raise MismatchError(f"save_args has {some} and item has {len(leaves)}: they must be of one form.")
 
     def one(leaf: Any, args: Any) -> Any:
         wanted = getattr(args, "dtype", None)

@@ -10,6 +10,7 @@ from jaxckpt.checkpoint.inspect import inspect
 from jaxckpt.checkpoint.restore import on_host, restore
 from jaxckpt.checkpoint.save import save_async
 from jaxckpt.core.errors import MismatchError, NotFoundError
+from jaxckpt.core.text import counted
 from jaxckpt.storage.url import StorageOptions
 
 if TYPE_CHECKING:
@@ -97,7 +98,7 @@ def read(path: str, like: State, settings: dict[str, Any], options: StorageOptio
     newest = max(found)
     if newest > len(like.fitness):
         raise MismatchError(
-            f"{found[newest]} has {newest} generations, and the budget of {settings['budget']} has room for "
+            f"{found[newest]} has {counted(newest, 'generation')}, and the budget of {settings['budget']} has room for "
             f"{len(like.fitness)}. Give as large a budget, or another path."
         )
     tree = restore(found[newest], on_host, options=options)

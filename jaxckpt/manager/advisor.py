@@ -15,6 +15,7 @@ from typing import final
 from jaxckpt.coordination.coordinator import AbstractCoordinator
 from jaxckpt.core.errors import CoordinationError, InvalidArgumentError
 from jaxckpt.core.events import Captured, Committed, Event, Restored, subscribe
+from jaxckpt.core.text import counted
 
 _RECENT = 0.3  # weight of the newest measurement in a moving mean
 TIMEOUT_S = 60.0
@@ -142,7 +143,7 @@ class Advice:
         if self.interval_s > 1.01 * best and self.steps > 1:
             bound = f"\n  saving that often is not possible: a save takes {_time(seen.save_s)}, and one runs at a time"
         return (
-            f"Save every {self.steps} steps ({_time(self.interval_s)} of training). "
+            f"Save every {counted(self.steps, 'step')} ({_time(self.interval_s)} of training). "
             f"Expected waste: {100 * self.waste:.3g} % of the time.\n"
             f"  a save stalls training for {_time(seen.stall_s)} and is durable after {_time(seen.save_s)}; "
             f"a step takes {_time(seen.step_s)}; a restore takes {_time(seen.restore_s)}\n"
@@ -237,8 +238,8 @@ class Advisor:
         if self._advice is not None:
             return self._advice.explain()
         if self._coordinator is not None and self._coordinator.rank:
-            return f"Save every {self._steps} steps, as process 0 measures and explains."
-        return f"Save every {self._steps} steps until a save has been measured."
+            return f"Save every {counted(self._steps, 'step')}, as process 0 measures and explains."
+        return f"Save every {counted(self._steps, 'step')} until a save has been measured."
 
     def close(self) -> None:
         """Stop measuring."""

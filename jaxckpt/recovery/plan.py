@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from jaxckpt.core.errors import InvalidArgumentError
+from jaxckpt.core.text import counted
 from jaxckpt.recovery.layout import StageLayout
 
 METHODS = ("weighted", "uniform", "copy", "random", "identity", "splice", "layerwise")
@@ -221,14 +222,14 @@ def _options(
         refusal = f"its holder, stage {holder}, holds values that are not finite"
     add(
         "same_step_copy",
-        refusal or (None if age == 0 else f"the copy is {age} steps old"),
+        refusal or (None if not age else f"the copy is {counted(age, 'step')} old"),
         move,
         "exact, from its copy",
     )
     if not refusal and age is not None and age > cost.max_stale_age:
-        refusal = f"the copy is {age} steps old, more than max_stale_age={cost.max_stale_age}"
+        refusal = f"the copy is {counted(age, 'step')} old, more than max_stale_age={cost.max_stale_age}"
     stale_s = move + (age or 0) * cost.stale_steps_per_age * cost.step_s
-    add("stale_copy", refusal, stale_s, f"its own weights, {age} steps old")
+    add("stale_copy", refusal, stale_s, f"its own weights, {counted(age or 0, 'step')} old")
 
     neighbours = layout.neighbours(stage)
     needed = _needed(stage, layout, policy)
@@ -253,8 +254,8 @@ def _options(
     read_s = cost.stage_bytes / cost.disk_bytes_per_s + (old or 0) * cost.stale_steps_per_age * cost.step_s
     refusal = None if old is not None else "no checkpoint"
     if old is not None and old > cost.max_stale_age:
-        refusal = f"the checkpoint is {old} steps old, more than max_stale_age={cost.max_stale_age}"
-    add("checkpoint_stage", refusal, read_s, f"its own weights from the checkpoint, {old} steps old")
+        refusal = f"the checkpoint is {counted(old, 'step')} old, more than max_stale_age={cost.max_stale_age}"
+    add("checkpoint_stage", refusal, read_s, f"its own weights from the checkpoint, {counted(old or 0, 'step')} old")
     return found
 
 
@@ -301,7 +302,8 @@ def _rollback(available: Available, cost: CostModel) -> Option:
     if not prices:
         return Option(stage=-1, source="rollback", seconds=None, why="no snapshot and no checkpoint")
     best = min(prices, key=lambda name: prices[name])
-    return Option(stage=-1, source="rollback", seconds=prices[best], why=f"to the {best} {ages[best]} steps ago")
+    why = f"to the {best} {counted(ages[best] or 0, 'step')} ago"
+    return Option(stage=-1, source="rollback", seconds=prices[best], why=why)
 
 
 def _cheapest(options: list[Option], source: str | None) -> Option | None:

@@ -273,7 +273,7 @@ def test_damage_is_named(tmp_path: Path) -> None:
         found.read(leaf, whole(leaf.shape))
     shutil.copytree(tmp_path / "c", tmp_path / "missing_array")
     shutil.rmtree(tmp_path / "missing_array/layer.w")
-    with pytest.raises(CorruptionError, match=r"names 2 arrays, and 1 of them are not there: layer\.w"):
+    with pytest.raises(CorruptionError, match=r"names 2 arrays, and 1 of these cannot be found: layer\.w"):
         open_foreign(open_store(tmp_path / "missing_array"))
     (tmp_path / "c/_METADATA").write_text('{"tree_metadata": [')
     with pytest.raises(CorruptionError, match="_METADATA: not JSON"):

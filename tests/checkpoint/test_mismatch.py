@@ -54,8 +54,8 @@ WRONG: dict[str, tuple[str, Any, str]] = {
     "keys_for_key": ("key", jax.random.split(jax.random.key(0)), r'"key": .*\(\) of .*wants a PRNG key array \(2,\)'),
     "vector_for_int": ("step", np.zeros(1, np.int64), r'"step": .*wants \(1,\) int64'),
     "float_array_for_int": ("step", np.zeros((), np.float32), r'"step": .*wants \(\) float32'),
-    "none_for_array": ("w", None, r'1 leaves of the checkpoint are not in `like`:\n    "w"'),
-    "array_for_none": ("none", np.ones(2), r'1 leaves of `like` are not in the checkpoint:\n    "none"'),
+    "none_for_array": ("w", None, r'1 leaf of the checkpoint is not in `like`:\n    "w"'),
+    "array_for_none": ("none", np.ones(2), r'1 leaf of `like` is not in the checkpoint:\n    "none"'),
     "container_for_array": ("w", {"a": np.ones(2)}, r'"w\.a"'),
     "array_for_scalar": ("scalar", np.ones(1, np.float32), r'"scalar": .*\(\) float32.*\(1,\)'),
 }
@@ -110,7 +110,7 @@ def test_all_differences_are_in_one_message(path: Path) -> None:
         assert part in text, text
     assert "2 leaves of `like` are not in the checkpoint" in text
     assert "2 leaves of the checkpoint are not in `like`" in text
-    assert "1 leaves differ" in text
+    assert "1 leaf differs" in text
 
 
 def test_misspelt_names_get_the_nearest_one(tmp_path: Path) -> None:
@@ -204,7 +204,7 @@ def test_partial_cannot_keep_the_values_of_abstract_leaves(tmp_path: Path) -> No
     jc.save(tmp_path / "c", {"a": np.ones(2)})
     like = {"a": np.zeros(2), "new": jax.ShapeDtypeStruct((2,), np.float32)}
     with pytest.raises(
-        jc.MismatchError, match="1 leaves are to keep the value of `like`, which is abstract there, as new"
+        jc.MismatchError, match="1 leaf is to keep the value of `like`, which is abstract there, as new"
     ):
         jc.restore(tmp_path / "c", like, partial=True)
 
@@ -251,8 +251,8 @@ def test_swapped_names_of_equal_shape_are_not_confused(tmp_path: Path) -> None:
 
 def test_a_checkpoint_without_leaves_does_not_match_a_model(tmp_path: Path) -> None:
     jc.save(tmp_path / "c", {})
-    with pytest.raises(jc.MismatchError, match="1 leaves of `like` are not in the checkpoint"):
+    with pytest.raises(jc.MismatchError, match="1 leaf of `like` is not in the checkpoint"):
         jc.restore(tmp_path / "c", {"w": np.ones(2)})
     jc.save(tmp_path / "d", {"w": np.ones(2)})
-    with pytest.raises(jc.MismatchError, match="1 leaves of the checkpoint are not in `like`"):
+    with pytest.raises(jc.MismatchError, match="1 leaf of the checkpoint is not in `like`"):
         jc.restore(tmp_path / "d", {})

@@ -181,7 +181,7 @@ def test_another_source_is_refused() -> None:
 
 
 def test_a_batch_smaller_than_the_hosts_is_refused() -> None:
-    with pytest.raises(InvalidArgumentError, match="batch_size=3 .* each of the 4 hosts"):
+    with pytest.raises(InvalidArgumentError, match="batch_size=3 .* for each: 4 hosts"):
         ElasticIterator(np.arange(9), batch_size=3, rank=0, size=4)
 
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from jaxckpt.coordination.local import ThreadGroup
 from jaxckpt.core.errors import InvalidArgumentError
 from jaxckpt.core.events import Captured, Committed, emit
+from jaxckpt.core.text import counted
 from jaxckpt.manager.advisor import Advisor, Measured, advise, best_interval, daly, wasted, young
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ def test_no_other_number_of_steps_wastes_less(step_s: float, stall_s: float, fac
     for other in (1, advice.steps - 1, advice.steps + 1, round(factor * advice.steps)):
         if other >= 1:
             assert wasted(other * step_s, stall_s=stall_s, mtbf_s=mtbf_s) >= advice.waste - 1e-9
-    assert f"every {advice.steps} steps" in advice.explain()
+    assert f"every {counted(advice.steps, 'step')} (" in advice.explain()
 
 
 def test_the_waste_is_that_of_simulated_failures() -> None:
