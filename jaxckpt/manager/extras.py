@@ -18,6 +18,7 @@ import jax
 import numpy as np
 
 from jaxckpt.core.errors import CorruptionError, InvalidArgumentError, MismatchError, NotFoundError
+from jaxckpt.core.text import counted, nearest
 from jaxckpt.storage.store import AbstractStore
 
 FOLDER = "extras"
@@ -116,16 +117,25 @@ def restore_extras(step: AbstractStore, extras: Mapping[str, Any] | None, rank: 
     names = list(files.own) if extras is None else list(extras)
     missing = [name for name in names if name not in files.own]
     if missing:
-        raise NotFoundError(
-            f"{step.url} has no extras {', '.join(map(repr, missing))}; it was saved with "
-            f"{', '.join(map(repr, files.own)) or 'none'}."
-        )
+        raise NotFoundError(_not_there(step.url, missing, list(files.own)))
     wanted = {name: None if extras is None else extras[name] for name in names}
     # All that can be found wrong before an object is touched.
     states = {name: files.state_for(name, extra) for name, extra in wanted.items()}
     for name, extra in wanted.items():
         _fill(name, extra, states[name], files)
     return states
+
+
+def _not_there(url: str, missing: list[str], there: list[str]) -> str:
+    told = []
+    for name in missing:
+        near = nearest(name, [one for one in there if one not in missing], cutoff=0.6)  # short names differ by much
+        told.append(f"{name!r}" + (f" (the step has {near!r})" if near else ""))
+    noun = "extra" if len(missing) == 1 else "extras"
+    return (
+        f"{url} has no {noun} {', '.join(told)}; it was saved with {', '.join(map(repr, there)) or 'none'}. "
+        "Nothing was filled. Next step: pass extras= by these names."
+    )
 
 
 class _Files:
@@ -158,8 +168,9 @@ class _Files:
         if len({_text(_encode(state, name)) for state in states}) > 1:
             what = f"a {type(extra).__name__} has no set_states" if _methods(extra) else "it is a value of each process"
             raise MismatchError(
-                f"The extra {name!r} of {self._step.url} was saved by {self.saved} processes and is restored by "
-                f"{self.size}. Their states differ, and {what}. Next step: restore on {self.saved} processes, or pass "
+                f"The extra {name!r} of {self._step.url} was saved by {counted(self.saved, 'process', 'processes')} "
+                f"and is restored by {self.size}. Their states differ, and {what}. Next step: restore on "
+                f"{counted(self.saved, 'process', 'processes')}, or pass "
                 "an object with set_states(states of all), as the iterators of jaxckpt.integrations.data."
             )
         return states[0]
@@ -170,8 +181,9 @@ class _Files:
                 self._read_already[rank] = self._read(rank)
             except NotFoundError as error:
                 raise CorruptionError(
-                    f"{self._step.url}{FOLDER}/process_{rank}.json is not there, and {self.saved} processes saved this "
-                    "step. Next step: resume from another step, or restore the tree alone."
+                    f"{self._step.url}{FOLDER}/process_{rank}.json is not there, and "
+                    f"{counted(self.saved, 'process', 'processes')} saved this step. Next step: resume from another "
+                    "step, or restore the tree alone."
                 ) from error
         return self._read_already[rank]["extras"]
 

@@ -127,7 +127,7 @@ def test_a_name_that_was_not_saved_is_told_and_nothing_is_filled(tmp_path: Path)
         manager.save(1, TREE, extras={"count": counter})
         manager.wait()
         counter.n = 3
-        with pytest.raises(NotFoundError, match=r"has no extras 'data'; it was saved with 'count'"):
+        with pytest.raises(NotFoundError, match=r"has no extra 'data'; it was saved with 'count'"):
             manager.restore_extras(1, {"count": counter, "data": counter})
     assert counter.n == 3
 
@@ -186,6 +186,22 @@ def saved_by(url: str, states: list[dict[str, Any]]) -> Any:
         assert made is not None
         made()
     return store
+
+
+def test_a_mistyped_name_is_told_with_the_nearest_and_nothing_is_filled(tmp_path: Path) -> None:
+    with CheckpointManager(tmp_path) as manager:
+        manager.save(1, TREE, extras={"loader": Counter(), "rng": np.random.default_rng(0)})
+        manager.wait()
+        counter = Counter()
+        counter.n = 5
+        told = r"has no extra 'lodaer' \(the step has 'loader'\); it was saved with 'loader', 'rng'"
+        with pytest.raises(NotFoundError, match=told):
+            manager.restore_extras(1, {"lodaer": counter, "rng": None})
+        with pytest.raises(NotFoundError, match=told):
+            manager.resume(TREE, extras={"lodaer": counter})
+        with pytest.raises(NotFoundError, match=r"no extras 'a', 'rngs' \(the step has 'rng'\); it"):
+            manager.restore_extras(1, {"a": None, "rngs": None})
+        assert counter.n == 5
 
 
 def test_another_number_of_processes_takes_the_states_of_all() -> None:
