@@ -1,5 +1,6 @@
 """Look at a checkpoint without reading its arrays: leaves, sizes, mesh, lineage; and compare two."""
 
+import json
 import time
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,9 +11,13 @@ from jaxckpt.checkpoint.leaves import plain_value
 from jaxckpt.checkpoint.match import describe_entry
 from jaxckpt.checkpoint.source import OwnSource, Source, open_source
 from jaxckpt.core.dtypes import dtype_of
+from jaxckpt.core.text import counted
 from jaxckpt.core.tree import path_name, walk
 from jaxckpt.format.sidecar import LeafEntry
 from jaxckpt.storage.url import Location, StorageOptions, open_store
+
+_SHOWN = 20  # lines of one member of the metadata
+_WIDE = 100  # characters of one value
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -160,7 +165,7 @@ def _compare(entry: LeafEntry, x: Any, y: Any) -> str:
     wide = np.complex128 if x.dtype.kind == "c" else np.float64
     gap = np.abs(x.astype(wide) - y.astype(wide))
     largest = float(np.fmax.reduce(gap.reshape(-1), initial=0))
-    return f"{int(unequal.sum())} of {x.size} elements differ, by at most {largest:.6g}"
+    return f"{int(unequal.sum())} of {counted(x.size, 'element differs', 'elements differ')}, by at most {largest:.6g}"
 
 
 def _leaf_infos(source: Source) -> list[LeafInfo]:
@@ -199,8 +204,8 @@ def _leaf_infos(source: Source) -> list[LeafInfo]:
 def _sharding_text(record: dict[str, Any], entry: LeafEntry) -> str:
     if record.get("type") == "NamedSharding":
         mesh = " x ".join(f"{axis}={size}" for axis, size in zip(record["axes"], record["shape"], strict=True))
-        spec = ", ".join("+".join(p) if isinstance(p, list) else str(p or "-") for p in record["spec"])
-        text = f"P({spec}) on {mesh}"
+        spec = ", ".join(repr(tuple(p)) if isinstance(p, list) else repr(p) for p in record["spec"])
+        text = f"mesh {mesh}, P({spec})"
     else:
         text = {"SingleDeviceSharding": "one device"}.get(record.get("type", ""), "")
     return text + (f" in {entry.memory_kind}" if entry.memory_kind not in ("", "device") else "")
@@ -215,12 +220,16 @@ def _render(info: CheckpointInfo) -> str:
         head.append(f"saved       {time.strftime('%Y-%m-%d %H:%M:%S UTC', time.gmtime(info.time_ns / 1e9))}")
     if info.processes:
         head.append(f"processes   {info.processes}")
-    head.append(f"leaves      {len(info.leaves)}, of which {len(arrays)} arrays")
+    head.append(f"leaves      {len(info.leaves)}, of which {counted(len(arrays), 'array')}")
     head.append(f"size        {human_bytes(info.size_bytes)}")
     if info.versions:
         head.append("versions    " + ", ".join(f"{name} {version}" for name, version in info.versions.items()))
-    head += [f"metadata    {name} = {value!r}" for name, value in info.metadata.items()]
-    head += [f"parent      {parent}" for parent in info.parents]
+    for name, value in info.metadata.items():
+        lines = _values(name, value)
+        head += [f"metadata    {line}" for line in lines[:_SHOWN]]
+        if len(lines) > _SHOWN:
+            head.append(f"metadata    {name}: {counted(len(lines) - _SHOWN, 'more value')}")
+    head += [f"parent      {_parent(parent)}" for parent in info.parents]
     width = min(max((len(leaf.name) for leaf in info.leaves), default=0), 60)
     return "\n".join([*head, "", *(_line(leaf, width) for leaf in info.leaves)])
 
@@ -233,6 +242,32 @@ def _line(leaf: LeafInfo, width: int) -> str:
     tie = f"  = {leaf.tied_to}" if leaf.tied_to else ""
     size = human_bytes(leaf.size_bytes)
     return f"{leaf.name:<{width}}  {leaf.dtype:<9} {shape:<18} {size:>10}  {leaf.sharding}{kind}{tie}"
+
+
+def _values(name: str, value: Any) -> list[str]:
+    """A line per value: members and elements by their path, lists of plain values in one line."""
+    if isinstance(value, dict) and value:
+        return [line for key, one in value.items() for line in _values(f"{name}.{key}", one)]
+    if isinstance(value, list) and any(isinstance(one, dict | list) for one in value):
+        return [line for i, one in enumerate(value) for line in _values(f"{name}[{i}]", one)]
+    if isinstance(value, list | dict):
+        text = ", ".join(map(_plain_text, value)) or "(empty)"
+    else:
+        text = _plain_text(value)
+    return [f"{name} = {text if len(text) <= _WIDE else text[: _WIDE - 3] + '...'}"]
+
+
+def _plain_text(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _parent(record: dict[str, Any]) -> str:
+    """``runs/a, step 3, weight 0.25, by ema``: what is known of it."""
+    words = {"step": "step", "weight": "weight", "method": "by"}
+    told = [
+        f"{words.get(key, key)} {value}" for key, value in record.items() if key != "path" and value not in (None, "")
+    ]
+    return ", ".join([str(record.get("path", "unknown")), *told])
 
 
 def human_bytes(size: float) -> str:

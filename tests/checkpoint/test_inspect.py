@@ -79,6 +79,43 @@ def test_lineage_is_recorded_and_shown(tmp_path: Path) -> None:
     assert "step        7" in str(info)
 
 
+def test_what_inspect_prints_has_a_line_per_value_and_no_dicts(tmp_path: Path, mesh_4x2: Mesh) -> None:
+    spec = P(("data", "model"), None)
+    metadata = {
+        "run": "x",
+        "average": {"weights": [0.25, 0.75], "metric": {"name": "loss", "value": None}, "rows": [{"a": 1}, {"a": 2}]},
+        "none": {},
+        "long": list(range(1000)),
+        "many": {str(i): i for i in range(30)},
+    }
+    parents = [jc.Lineage(path="runs/a", step=3, weight=0.25, method="ema"), jc.Lineage(path="runs/b")]
+    tree = {"w": jax.device_put(np.zeros((8, 4), np.float32), NamedSharding(mesh_4x2, spec))}
+    jc.save(tmp_path / "c", tree, metadata=metadata, parents=parents)
+    text = str(jc.inspect(tmp_path / "c"))
+    lines = text.splitlines()
+    for line in (
+        'metadata    run = "x"',
+        "metadata    average.weights = 0.25, 0.75",
+        'metadata    average.metric.name = "loss"',
+        "metadata    average.metric.value = null",
+        "metadata    average.rows[1].a = 2",
+        "metadata    none = (empty)",
+        "metadata    many: 10 more values",
+        "parent      runs/a, step 3, weight 0.25, by ema",
+        "parent      runs/b",
+        "leaves      1, of which 1 array",
+    ):
+        assert line in lines, text
+    assert lines[-1].endswith("mesh data=4 x model=2, P(('data', 'model'), None)")
+    assert "{" not in text
+    assert max(map(len, lines[1:])) < 200
+
+
+def test_one_leaf_is_not_told_as_leaves(tmp_path: Path) -> None:
+    jc.save(tmp_path / "c", {"w": np.zeros(3)})
+    assert ": 1 leaf, 28 bytes: " in str(jc.verify(tmp_path / "c"))
+
+
 @pytest.mark.parametrize(
     "bad", [{"step": 1.5}, {"step": True}, {"metadata": {"a": np.ones(2)}}, {"metadata": {"a": float("nan")}}]
 )
@@ -95,7 +132,7 @@ def test_inspect_tells_kind_shape_size_sharding_and_values(tmp_path: Path, mesh_
     )
     info = {leaf.name: leaf for leaf in jc.inspect(tmp_path / "c").leaves}
     assert (info["w"].kind, info["w"].shape, info["w"].dtype, info["w"].size_bytes) == ("array", (8, 4), "float32", 128)
-    assert info["w"].sharding == "P(data, model) on data=4 x model=2"
+    assert info["w"].sharding == "mesh data=4 x model=2, P('data', 'model')"
     assert (info["n"].value, info["t"].value, info["f"].value) == (3, "text", 0.5)
     assert (info["e"].size_bytes, info["e"].stored_bytes) == (0, 0)
     assert info["k"].kind == "prng_key"
@@ -108,10 +145,10 @@ DIFFS = {
     "number": ({"w": 1}, {"w": 2}, "w: 1 and 2"),
     "text": ({"w": "a"}, {"w": "b"}, "w: 'a' and 'b'"),
     "nan": ({"w": np.array([np.nan, 1])}, {"w": np.array([np.nan, 2])}, "w: .* elements differ"),
-    "all_nan": ({"w": np.array([np.nan])}, {"w": np.array([1.0])}, "w: .* elements differ"),
+    "all_nan": ({"w": np.array([np.nan])}, {"w": np.array([1.0])}, "w: 1 of 1 element differs"),
     "sign_of_zero": ({"w": np.array([0.0])}, {"w": np.array([-0.0])}, "w: "),
     "key": ({"w": jax.random.key(0)}, {"w": jax.random.key(1)}, "w: "),
-    "complex": ({"w": np.array([1j])}, {"w": np.array([2j])}, "w: 1 of 1 elements differ, by at most 1"),
+    "complex": ({"w": np.array([1j])}, {"w": np.array([2j])}, "w: 1 of 1 element differs, by at most 1"),
     "bool": ({"w": np.array([True])}, {"w": np.array([False])}, "w: 1 of 1"),
 }
 
