@@ -10,6 +10,7 @@ import numpy as np
 from jaxckpt.checkpoint.lineage import Lineage
 from jaxckpt.checkpoint.save import save
 from jaxckpt.core.errors import InvalidArgumentError
+from jaxckpt.core.text import counted
 from jaxckpt.lcsc.selection import Row
 from jaxckpt.storage.url import Location, StorageOptions
 
@@ -58,20 +59,26 @@ class Report:
 
     def __str__(self) -> str:
         """A table, best score first."""
-        head = f"{'':12} {'score':>12} {'guard':>12} {'held out':>12} {'sum |a|':>9} {'negative':>9} {'largest':>9}"
-        lines = [head]
-        lines += [
-            f"{one.name:12} {one.score:12.6g} {_number(one.guard)} {_number(one.held_out)} "
-            f"{one.l1:9.3f} {one.negative_mass:9.3f} {one.largest:9.3f}"
-            + ("  <- chosen" if one.name == self.chosen else "")
-            for one in sorted(self.rows, key=lambda row: row.score)
-        ]
+        rows = sorted(self.rows, key=lambda row: row.score)
+        columns: dict[str, list[float | None]] = {
+            "score": [one.score for one in rows],
+            "guard": [one.guard for one in rows],
+            "held out": [one.held_out for one in rows],
+            "sum |a|": [one.l1 for one in rows],
+            "negative": [one.negative_mass for one in rows],
+            "largest": [one.largest for one in rows],
+        }
+        told = {title: values for title, values in columns.items() if any(value is not None for value in values)}
+        lines = [" ".join([f"{'':12}", *(f"{title:>10}" for title in told)])]
+        for i, one in enumerate(rows):
+            numbers = [f"{'' if values[i] is None else f'{values[i]:.4g}':>10}" for values in told.values()]
+            lines.append(" ".join([f"{one.name:12}", *numbers]) + ("  <- chosen" if one.name == self.chosen else ""))
         lines.append(
-            f"{self.evaluations} evaluations in {self.seconds:.1f} s ({self.objective_seconds:.1f} s of them in the "
-            f"objective's programs), checkpoints on: {self.placement}"
+            f"{counted(self.evaluations, 'evaluation')} in {self.seconds:.1f} s ({self.objective_seconds:.1f} s of "
+            f"them in the objective's programs), checkpoints on: {self.placement}"
         )
-        told = {name: value for name, value in self.settings.items() if value is not None and name not in _LONG}
-        lines.append("; ".join(f"{name}: {value}" for name, value in told.items()))
+        settings = {name: value for name, value in self.settings.items() if value is not None and name not in _LONG}
+        lines.append("; ".join(f"{name}: {_short(value)}" for name, value in settings.items()))
         return "\n".join([*lines, *self.concerns])
 
     def to_json(self) -> dict[str, Any]:
@@ -200,5 +207,5 @@ def _plain(value: Any) -> float | None:
     return None if value is None or not np.isfinite(value) else float(value)
 
 
-def _number(value: float | None) -> str:
-    return f"{'':>12}" if value is None else f"{value:12.6g}"
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -183,7 +184,20 @@ def test_a_worse_guard_is_warned_of_and_reported() -> None:
         report = search(TREES, loss, budget=407, guard=guard, held_out=loss).report
     assert report.concerns
     assert report.row("last").held_out is not None
-    assert "chosen" in str(report)
+    table = str(report)
+    assert "chosen" in table
+    assert table.splitlines()[0].split() == ["score", "guard", "held", "out", "sum", "|a|", "negative", "largest"]
+    plain = str(replace(report, rows=tuple(replace(row, guard=None, held_out=None) for row in report.rows)))
+    assert plain.splitlines()[0].split() == ["score", "sum", "|a|", "negative", "largest"]
+
+
+def test_numbers_of_the_table_have_four_digits() -> None:
+    report = search(TREES, loss, budget=15 + 64, strategy="random").report
+    report = replace(report, rows=(replace(report.rows[0], name="last", score=123.456789, guard=1e-7 / 3),), chosen="")
+    table = str(replace(report, settings={"rate": 0.1 + 0.2, "sources": ["x"]}))
+    assert "123.5 " in table
+    assert "3.333e-08" in table
+    assert "rate: 0.3" in table.splitlines()
 
 
 def test_an_objective_that_is_never_finite_is_an_error() -> None:
