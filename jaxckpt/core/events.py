@@ -114,6 +114,15 @@ class StepDeleted:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class MetricMissing:
+    """A step was saved without a metric that the steps to keep are ranked by: it is never the best. Told once a run."""
+
+    path: str
+    step: int
+    metric: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Swept:
     """What dead runs left under ``path`` was removed: half-written and half-deleted steps, by ``names``."""
 
@@ -158,6 +167,7 @@ Event = (
     | SaveSkipped
     | SaveFailed
     | StepDeleted
+    | MetricMissing
     | Swept
     | Preempted
     | SaveRequested

@@ -6,7 +6,7 @@ from contextlib import suppress
 from typing import final
 
 from jaxckpt.core.errors import AlreadyExistsError, NotFoundError
-from jaxckpt.core.events import StepDeleted, emit
+from jaxckpt.core.events import MetricMissing, StepDeleted, emit
 from jaxckpt.manager.policies import KeepPolicy, StepRecord, to_delete
 from jaxckpt.manager.steps import exists, find_steps, read_record, remove, seal, writing_folder
 from jaxckpt.manager.sweep import Lease, Sweeper
@@ -27,6 +27,7 @@ class Keeper:
         self._named_otherwise: set[int] | None = None  # steps of Orbax in folders such as step_000005
         self._trouble: dict[int, Exception] = {}
         self._sealed: set[int] = set()  # by this run
+        self._untold = set(getattr(keep, "ranked_by", ()))  # metrics that no step has been told to lack
 
     def sweep(self) -> None:
         """Remove what dead runs left."""
@@ -77,6 +78,7 @@ class Keeper:
         """Make a step exist whose tree is committed, and delete what need not be kept any more; where the step is."""
         seal(self._root, step, metrics, start_ns, extras=extras)
         self._sealed.add(step)
+        self._tell_lacking(step, metrics or {})
         try:
             try:
                 with self._lock:
@@ -113,6 +115,13 @@ class Keeper:
     def close(self) -> None:
         """Watch the leases of other runs no longer."""
         self._sweeper.close()
+
+    def _tell_lacking(self, step: int, metrics: dict[str, float]) -> None:
+        with self._lock:
+            lacking = sorted(self._untold - set(metrics))
+            self._untold -= set(lacking)
+        for metric in lacking:
+            emit(MetricMissing(path=self._root.url, step=step, metric=metric))
 
     def _retain(self) -> None:
         if self._keep is None:

@@ -72,6 +72,11 @@ class Policy:
         """What a manager starts for it, see ``triggers.py``."""
         return ()
 
+    @property
+    def ranked_by(self) -> tuple[str, ...]:
+        """The metrics that it compares steps by."""
+        return ()
+
     def should_save(self, context: SaveContext) -> bool:
         """See ``SavePolicy``."""
         raise InvalidArgumentError(f"{self!r} says what to keep, not when to save; pass it as keep=.")
@@ -105,6 +110,11 @@ class Both(Policy):
     def triggers(self) -> tuple[Any, ...]:
         """See ``Policy``."""
         return self.first.triggers + self.second.triggers
+
+    @property
+    def ranked_by(self) -> tuple[str, ...]:
+        """See ``Policy``."""
+        return self.first.ranked_by + self.second.ranked_by
 
     def should_save(self, context: SaveContext) -> bool:
         """See ``SavePolicy``."""
@@ -226,6 +236,11 @@ class Best(Policy):
     n: int
     metric: str
     mode: Literal["min", "max"]
+
+    @property
+    def ranked_by(self) -> tuple[str, ...]:
+        """See ``Policy``."""
+        return (self.metric,)
 
     def kept(self, steps: Sequence[StepRecord], now_s: float) -> set[int]:
         """See ``KeepPolicy``."""

@@ -8,6 +8,7 @@ from jaxckpt.core.events import (
     Committed,
     Event,
     Flushed,
+    MetricMissing,
     Preempted,
     Progress,
     Recovered,
@@ -26,8 +27,9 @@ from jaxckpt.telemetry.text import rate, seconds, size
 def log_to(logger: logging.Logger | str = "jaxckpt") -> Callable[[], None]:
     """Log what happens from now on; returns a function that ends it.
 
-    Finished saves and restores, deletions and preemptions are INFO, stages DEBUG, skipped saves WARNING, failed ones
-    ERROR. Each record carries the event as ``record.event``, for handlers that want its members.
+    Finished saves and restores, deletions and preemptions are INFO, stages DEBUG, failed saves ERROR. Skipped ones are
+    WARNING, and so is the first without a metric that steps are kept by. Each record carries the event as
+    ``record.event``, for handlers that want its members.
 
     Args:
         logger: where to; a name, or a logger of your own.
@@ -54,7 +56,7 @@ def level_of(event: Event) -> int | None:
             return None
         case StageEnded() | Captured() | Flushed():
             return logging.DEBUG
-        case SaveSkipped():
+        case SaveSkipped() | MetricMissing():
             return logging.WARNING
         case SaveFailed():
             return logging.ERROR
@@ -92,6 +94,12 @@ def describe(event: Event) -> str:
             )
         case StepDeleted():
             return f"deleted {_what(event)}"
+        case MetricMissing():
+            return (
+                f"saved {event.path} (step {event.step}) without the metric {event.metric!r}, by which the steps to "
+                "keep "
+                f'are ranked: it is never the best. Next step: save(..., metrics={{"{event.metric}": ...}})'
+            )
         case Swept():
             return f"removed what dead runs left at {event.path}: {', '.join(event.names)}"
         case Preempted():

@@ -21,6 +21,7 @@ from jaxckpt.core.events import (
     Committed,
     Event,
     Flushed,
+    MetricMissing,
     Preempted,
     Progress,
     Recovered,
@@ -57,6 +58,7 @@ EXAMPLES: list[tuple[Event, int | None, str]] = [
         "failed on process 1 in write: StorageError: disk full",
     ),
     (StepDeleted(path="/c/7", step=7), logging.INFO, "deleted /c/7 (step 7)"),
+    (MetricMissing(path="/c", step=7, metric="loss"), logging.WARNING, "/c (step 7) without the metric 'loss'"),
     (Swept(path="/c", names=("8.tmp", "9.tmp")), logging.INFO, "left at /c: 8.tmp, 9.tmp"),
     (
         Preempted(step=7, reason="SIGTERM on process 2"),
