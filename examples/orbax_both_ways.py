@@ -30,11 +30,13 @@ def main() -> int:
     jc.save(root / "ours", tree)
     orbax.save(root / "orbax", tree)
 
+    # Orbax warns where it is not told which sharding is wanted; `item` alone tells it the structure.
+    how = ocp.checkpoint_utils.construct_restore_args(tree)
     restored = {
         "ours, by jaxckpt": jc.restore(root / "ours", tree),
-        "ours, by Orbax": orbax.restore(root / "ours", item=tree),
+        "ours, by Orbax": orbax.restore(root / "ours", item=tree, restore_args=how),
         "Orbax's, by jaxckpt": jc.restore(root / "orbax", tree),
-        "Orbax's, by Orbax": orbax.restore(root / "orbax", item=tree),
+        "Orbax's, by Orbax": orbax.restore(root / "orbax", item=tree, restore_args=how),
     }
     for name, found in restored.items():
         print(f"{name:20} equal to the bit: {same(found, tree)}")

@@ -1,15 +1,17 @@
 """Save and restore a training state over every process of a job: one machine, or all workers of a TPU pod.
 
-On one machine:  python examples/save_restore.py /tmp/example
+On one machine:  python examples/save_restore.py [folder]
 On a pod:        tpu_scripts/save_restore.sh (it runs this with --distributed on every worker)
-By hand:         ... --coordinator localhost:9876 --processes 2 --process 0, and the same with --process 1
+By hand:         ... folder --coordinator localhost:9876 --processes 2 --process 0, and the same with --process 1
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
 import time
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -23,7 +25,11 @@ from models.training import abstract_state, init_state
 def main() -> int:
     """The exit status is 0 if every shard that this process holds came back equal to the bit."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("path", help="where to save: a folder that all processes see, or gs://bucket/folder")
+    parser.add_argument(
+        "path",
+        nargs="?",
+        help="a folder that all processes see, or gs://bucket/folder; of one process: a temporary one",
+    )
     parser.add_argument("--preset", default="tiny", choices=sorted(PRESETS))
     parser.add_argument("--distributed", action="store_true", help="join the job that the environment describes")
     parser.add_argument("--coordinator")
@@ -31,8 +37,12 @@ def main() -> int:
     parser.add_argument("--process", type=int)
     args = parser.parse_args()
     if args.distributed or args.coordinator:
+        if args.path is None:
+            parser.error("several processes need a path that all of them see")
         jax.distributed.initialize(args.coordinator, args.processes, args.process)
-    return 1 if save_and_restore(args.path, args.preset) else 0
+    path = args.path or str(Path(tempfile.mkdtemp(prefix="jaxckpt-example-")) / "state")
+    print(f"saving to {path}", flush=True)
+    return 1 if save_and_restore(path, args.preset) else 0
 
 
 def save_and_restore(path: str, preset: str = "tiny") -> int:
