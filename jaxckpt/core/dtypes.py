@@ -1,6 +1,7 @@
 """Names of dtypes and back, and the plain unsigned view in which bytes of any dtype are moved."""
 
 from functools import lru_cache
+from operator import attrgetter
 
 import jax.numpy as jnp
 import ml_dtypes
@@ -21,6 +22,9 @@ _MOVERS = {
 }
 
 
+name_of = lru_cache(maxsize=256)(attrgetter("name"))  # of a dtype: numpy puts it together anew each time
+
+
 @lru_cache(maxsize=256)
 def dtype_of(name: str) -> np.dtype:
     """The dtype of a name, those of ml_dtypes included. Raises TypeError for an unknown name."""
@@ -34,12 +38,6 @@ def dtype_of(name: str) -> np.dtype:
 def mover(dtype: np.dtype) -> np.dtype:
     """An unsigned dtype of the same size: numpy copies it in blocks, where extension dtypes go element by element."""
     return _MOVERS.get(dtype.itemsize, dtype)
-
-
-@lru_cache(maxsize=256)
-def name_of(dtype: np.dtype) -> str:
-    """The name of a dtype, which numpy puts together anew each time."""
-    return dtype.name
 
 
 def is_packed(dtype: np.dtype) -> bool:

@@ -1,6 +1,7 @@
 """The interface of a store: named objects under one root. Names are relative paths joined by '/'."""
 
 import abc
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,6 +20,10 @@ class AbstractDataWriter(abc.ABC):
     @abc.abstractmethod
     def append(self, data: np.ndarray) -> int:
         """Append a 1-D uint8 array; returns the offset of its first byte. ``data`` may be reused at once."""
+
+    def append_all(self, parts: Sequence[np.ndarray]) -> int:
+        """Append these one after the other; returns the offset of the first."""
+        return [self.append(part) for part in parts][0]
 
     @abc.abstractmethod
     def close(self) -> int:

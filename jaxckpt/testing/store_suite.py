@@ -240,6 +240,15 @@ class StoreSuite:
         assert store.read("d/data") == expected
         assert store.read("d/data", start=150, stop=650) == expected[150:650]
 
+    @pytest.mark.parametrize("count", [1, 3, 2500])
+    def test_parts_are_appended_one_after_the_other(self, store: AbstractStore, count: int) -> None:
+        parts = [np.full(i % 7, i % 251, np.uint8) for i in range(count)]  # empty ones too
+        writer = store.open_data("d/data")
+        assert writer.append(np.zeros(10, np.uint8)) == 0
+        assert writer.append_all(parts) == 10
+        writer.close()
+        assert store.read("d/data") == bytes(10) + b"".join(part.tobytes() for part in parts)
+
     def test_a_read_only_array_can_be_appended(self, store: AbstractStore) -> None:
         writer = store.open_data("a")
         writer.append(np.frombuffer(_TEN, np.uint8))

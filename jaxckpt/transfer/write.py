@@ -21,7 +21,9 @@ from jaxckpt.transfer.arena import ALIGNMENT, ARENA
 from jaxckpt.transfer.feed import Feed, Piece
 
 DIRECT_BYTES = 256 * 1024  # contiguous chunks from this size on are written from the shard itself
-BATCH_BYTES = 16 * 1024 * 1024  # work that a thread takes at a time
+# Work that a thread takes at a time, and writes in one call: Linux caches what one call writes in pages as large as the
+# call allows, and small ones cost three times as much (docs/decisions/0007-large-writes.md).
+BATCH_BYTES = 32 * 1024 * 1024
 
 
 class DataWriter(Protocol):
@@ -29,8 +31,8 @@ class DataWriter(Protocol):
 
     name: str
 
-    def append(self, data: np.ndarray) -> int:
-        """Append bytes; returns their offset."""
+    def append_all(self, parts: Sequence[np.ndarray]) -> int:
+        """Append these, one after the other."""
         ...
 
     def close(self) -> int:
@@ -125,9 +127,11 @@ class _Worker:
     _encoders: Sequence[Callable[[np.ndarray], bytes] | None]
     _file_bytes: int | None
     _file: DataWriter | None = None
-    _end: int = 0  # bytes in the file and in the buffer
+    _end: int = 0  # bytes in the file and of what waits to be written
     _buffer: np.ndarray = field(default_factory=partial(np.empty, 0, np.uint8))
     _fill: int = 0
+    _run: int = 0  # from here on, the buffer is in no part yet
+    _parts: list[np.ndarray] = field(default_factory=list)  # what waits to be written, in order
     files: list[str] = field(default_factory=list)
     rows: list[tuple[int, int, int, int, int, int]] = field(default_factory=list)
 
@@ -135,7 +139,7 @@ class _Worker:
         largest = max([self._plan.chunk_bytes[leaf] for leaf, _ in batch])
         try:
             with ARENA.borrow(largest + 2 * ALIGNMENT) as buffer:
-                self._buffer, self._fill = buffer, 0
+                self._buffer, self._fill, self._run = buffer, 0, 0
                 for leaf, chunks in batch:
                     self._leaf(leaf, chunks)
                 self._flush()
@@ -190,23 +194,31 @@ class _Worker:
                 self._direct(leaf, index, np.frombuffer(encode(raw), np.uint8))
 
     def _direct(self, leaf: int, index: int, data: np.ndarray) -> None:
-        self._flush()
+        if self._file_bytes is not None:  # it may be time for another file
+            self._flush()
         crc = crc32c(data)
-        file = self._current()
+        self._current()
         self.rows.append((leaf, index, len(self.files) - 1, self._end, len(data) + 4, crc))
         tail = crc.to_bytes(4, "little") + bytes(-(len(data) + 4) % ALIGNMENT)
-        file.append(data)
-        file.append(np.frombuffer(tail, np.uint8))
+        self._end_run()
+        self._parts += [data, np.frombuffer(tail, np.uint8)]
         self._end += len(data) + len(tail)
 
+    def _end_run(self) -> None:
+        if self._fill > self._run:
+            self._parts.append(self._buffer[self._run : self._fill])
+            self._run = self._fill
+
     def _flush(self) -> None:
-        if self._fill:
-            self._current().append(self._buffer[: self._fill])
-            self._fill = 0
+        self._end_run()
+        if self._parts:
+            self._current().append_all(self._parts)
+            self._parts = []
+        self._fill = self._run = 0
 
     def _current(self) -> DataWriter:
-        file = self._file
-        if file is not None and self._file_bytes is not None and not self._fill and self._end >= self._file_bytes:
+        file, waits = self._file, self._parts or self._fill
+        if file is not None and self._file_bytes is not None and not waits and self._end >= self._file_bytes:
             self.finish()
             file = None
         if file is None:
