@@ -7,7 +7,7 @@ among their holders and reading back with any sharding are ByteCheckpoint's (NSD
 import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any, Literal, NamedTuple
@@ -227,7 +227,7 @@ def begin(what: Request, hold: Hold | None) -> Begun:
             session.enter("capture")
         store = open_store(what.path, what.options)
         before = examine(store, overwrite=what.overwrite)
-        with nullcontext() if hold is None else _collector_paused():
+        with _collector_paused():
             described = describe(what.tree if snapshot is None else snapshot.tree, what.compression)
             if snapshot is not None:
                 described = _as_before(described, snapshot)
@@ -239,7 +239,8 @@ def begin(what: Request, hold: Hold | None) -> Begun:
             seconds = (time.time_ns() - start_ns) / 1e9
             emit(StageEnded(stage="plan", path=store.url, process=rank, step=what.step, seconds=seconds))
         if hold is None:
-            landing = capture_waiting(described.arrays, plan)
+            with _collector_paused():
+                landing = capture_waiting(described.arrays, plan)
         else:
             room = _admit(session, rank, size, hold, what.timeout_s)
             if room is None:
