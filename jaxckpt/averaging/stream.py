@@ -26,7 +26,7 @@ from jaxckpt.transfer.arena import aligned
 from jaxckpt.transfer.upload import Target
 
 BUCKET_BYTES = 1024 * 1024  # of one source; a larger stored chunk makes a larger bucket
-SLOT_BYTES = 16 * 1024 * 1024  # rows of all sources that are read together; there are two slots; twice that for P > 1
+SLOT_BYTES = 24 * 1024 * 1024  # rows of all sources that are read together; there are two slots; twice that for P > 1
 LARGEST_CELL_BYTES = 8 * 1024 * 1024
 
 

@@ -200,17 +200,13 @@ class _Worker:
         self._current()
         self.rows.append((leaf, index, len(self.files) - 1, self._end, len(data) + 4, crc))
         tail = crc.to_bytes(4, "little") + bytes(-(len(data) + 4) % ALIGNMENT)
-        self._end_run()
-        self._parts += [data, np.frombuffer(tail, np.uint8)]
+        self._parts += [self._buffer[self._run : self._fill], data, np.frombuffer(tail, np.uint8)]
+        self._run = self._fill
         self._end += len(data) + len(tail)
 
-    def _end_run(self) -> None:
+    def _flush(self) -> None:
         if self._fill > self._run:
             self._parts.append(self._buffer[self._run : self._fill])
-            self._run = self._fill
-
-    def _flush(self) -> None:
-        self._end_run()
         if self._parts:
             self._current().append_all(self._parts)
             self._parts = []
