@@ -98,6 +98,7 @@ def capture_tree(
         later = _landing_copies(feed, _emptying(list(_buckets(cloned, bucket_bytes, copies=True))), budget_bytes)
     else:
         copied, later = here + device, None
+    copied.sort(key=lambda part: part.leaf)  # as they are written: see Feed.wait_for_room
     return Landing(
         feed, now=_landing_copies(feed, _buckets(copied, bucket_bytes, copies=False), budget_bytes), later=later
     )
@@ -259,7 +260,7 @@ def _telling(feed: Feed, land: Callable[[], None]) -> None:
 
 def _land_copy(feed: Feed, sent: list[Sent], budget_bytes: int) -> bool:
     size = sum([part.size_bytes for one in sent for part in one.parts])
-    if not feed.wait_for_room(size):
+    if not feed.wait_for_room(size, {part.leaf for one in sent for part in one.parts}):
         return False
     buffer = STAGING.lend(size + _ALIGNMENT * len(sent), budget_bytes)
     pieces: list[tuple[int, Piece]] = []

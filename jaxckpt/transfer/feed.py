@@ -5,7 +5,7 @@ where every writer that could free some waits for what has not landed: then it g
 """
 
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -60,7 +60,9 @@ class Feed:
         self._own_bytes = [0] * len(self._missing)
         self._staging, self._room, self._reserved = staging, room_bytes, reserved_bytes
         self._coming, self._staged = coming_bytes, 0
-        self._waiting: set[int] = set()  # threads that wait for a leaf
+        # What a writer may hold at a time: where room is short, another holds as much, and the next pieces land.
+        self.batch_bytes = coming_bytes if coming_bytes <= room_bytes else room_bytes // 4
+        self._waiting: dict[int, int] = {}  # threads that wait for a leaf, and for which
         self._holding: set[int] = set()  # threads that will give something back
         self._error: BaseException | None = None
         self._closed = False
@@ -70,10 +72,10 @@ class Feed:
         me = threading.get_ident()
         with self._changed:
             if self._missing[leaf] and self._error is None:
-                self._waiting.add(me)
+                self._waiting[me] = leaf
                 self._changed.notify_all()
                 self._changed.wait_for(lambda: not self._missing[leaf] or self._error is not None)
-                self._waiting.discard(me)
+                del self._waiting[me]
             if self._error is not None:
                 raise self._error
             self._holding.add(me)
@@ -89,15 +91,19 @@ class Feed:
                     self._forget(leaf)
             self._shrink()
 
-    def wait_for_room(self, size_bytes: int) -> bool:
-        """Wait until pieces of this size may land; False when the save has ended and nobody wants them."""
+    def wait_for_room(self, size_bytes: int, leaves: Set[int]) -> bool:
+        """Wait until pieces of these leaves may land; False when the save has ended and nobody wants them.
+
+        Whoever lands pieces lands them by leaf, ascending, as they are written: the first that is waited for is the
+        next that somebody lands.
+        """
         with self._changed:
             self._changed.wait_for(
                 lambda: (
                     self._closed
                     or self._error is not None
                     or self._staged + size_bytes <= self._room
-                    or (bool(self._waiting) and self._holding <= self._waiting)
+                    or (self._waiting.keys() >= self._holding and not leaves.isdisjoint(self._waiting.values()))
                 )
             )
             return not self._closed and self._error is None

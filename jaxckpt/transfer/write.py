@@ -78,7 +78,8 @@ def write_chunks(
         file_bytes: start another file at this size; None: never.
         tell: called with the bytes of each batch (before compression) once it is written.
     """
-    batches = iter(list(_batches(plan)))
+    most = min(BATCH_BYTES, max(pieces.batch_bytes, DIRECT_BYTES)) if isinstance(pieces, Feed) else BATCH_BYTES
+    batches = iter(list(_batches(plan, most)))
     lock = threading.Lock()
     workers = [_Worker(open_file, plan, pieces, encoders, file_bytes) for _ in range(threads)]
 
@@ -224,19 +225,19 @@ class _Worker:
         return file
 
 
-def _batches(plan: SavePlan) -> Iterator[list[tuple[int, np.ndarray]]]:
-    """Pieces of work of about BATCH_BYTES, in leaf order."""
+def _batches(plan: SavePlan, batch_bytes: int) -> Iterator[list[tuple[int, np.ndarray]]]:
+    """Pieces of work of about this size, in leaf order."""
     batch, size = [], 0
     for leaf, chunks in enumerate(plan.mine):
         if not len(chunks):
             continue
         each = plan.chunk_bytes[leaf]
-        step = max(BATCH_BYTES // max(each, 1), 1)
+        step = max(batch_bytes // max(each, 1), 1)
         for first in range(0, len(chunks), step):
             part = chunks[first : first + step]
             batch.append((leaf, part))
             size += len(part) * each
-            if size >= BATCH_BYTES:
+            if size >= batch_bytes:
                 yield batch
                 batch, size = [], 0
     if batch:

@@ -98,20 +98,26 @@ def test_writers_get_a_leaf_when_it_has_landed_and_room_comes_back_when_it_is_wr
 def test_landing_waits_for_room_but_not_for_writers_who_wait_for_it() -> None:
     staging = Staging()
     one = feed(staging, 3, room=100, each=100)
-    assert one.wait_for_room(100)
+    assert one.wait_for_room(100, {0})
     one.land([(0, piece(100))])
     room: list[bool] = []
-    lander = threading.Thread(target=lambda: room.append(one.wait_for_room(100)))
+    lander = threading.Thread(target=lambda: room.append(one.wait_for_room(100, {1})))
+    another = threading.Thread(target=lambda: one.wait_for_room(100, {2}))
     lander.start()
+    another.start()
     lander.join(0.05)
     assert lander.is_alive()  # full, and nobody waits
     writer = threading.Thread(target=lambda: (one[0], one[1], one.written([(0, 1), (1, 1)])))
     writer.start()  # holds leaf 0 until leaf 1 is there as well
     lander.join(10)
     assert room == [True]
+    another.join(0.05)
+    assert another.is_alive()  # nobody waits for what it brings
     one.land([(1, piece(100))])
     writer.join(10)
     assert not writer.is_alive()
+    another.join(10)
+    assert not another.is_alive()
 
 
 @pytest.mark.parametrize("end", ["fail", "close"])
@@ -120,7 +126,7 @@ def test_a_save_that_ends_early_wakes_everybody(end: str) -> None:
     one = feed(staging, 2, room=100, each=100)
     one.land([(0, piece(100))])
     room: list[bool] = []
-    lander = threading.Thread(target=lambda: room.append(one.wait_for_room(100)))
+    lander = threading.Thread(target=lambda: room.append(one.wait_for_room(100, {1})))
     lander.start()
     if end == "fail":
         one.fail(OSError("gone"))
