@@ -121,7 +121,7 @@ def blocked(report: Report, folder: Path, sizes: Sizes, rounds: int) -> None:
     """One large state on one device, made and then donated by a step, so that captures must hold.
 
     No memory is touched ahead. On some virtual machines the whole process faults its pages in anew once it has given
-    back that much: a call of 1 ms then takes 20, which tells of the benchmark and of no training loop.
+    back that much, and the call takes many times as long: that tells of the benchmark and of no training loop.
     """
     rows = 1024
     columns = sizes.large_bytes // 8 // rows // 4

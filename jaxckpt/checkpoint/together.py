@@ -44,7 +44,6 @@ class Together:
         # One count for all paths: a process that was told another path is still met, and told of its error.
         self._session = Session(coordinator, session_name("restore"), about=f"the restore of {url}")
         self._agreements = 0
-        self._all_know = False  # of the error that ends it
 
     def __enter__(self) -> "Together":
         """Begin."""
@@ -52,7 +51,7 @@ class Together:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         """End; the others hear at once of an error that ends it here."""
-        if error is not None and not self._all_know:
+        if error is not None:
             self._session.fail(error)
         self._session.close()
 
@@ -79,7 +78,6 @@ class Together:
                 raise
             error.add_note(f"The other processes: {unheard}")
             raise error from None
-        self._all_know = bool(found)
         if error is not None:
             raise error
         if found:

@@ -13,7 +13,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxckpt.core.errors import InvalidArgumentError
@@ -191,13 +190,7 @@ def _rows(
                 plan=plan, step=step, mesh=mesh, specs=specs, norms=norms, norm_spec=norm_spec,
                 fresh=fresh_rows[step.stage] | (numbers if step.stage in renewed else {}),
             )  # fmt: skip
-            new, done = {}, None
-            for n, v in stacked.items():
-                # One leaf after the other: what arrives for all at once would lie on every device at the same time.
-                value = v if done is None else jax.lax.optimization_barrier((v, done))[0]
-                new[n] = recovered_stacked(n, value, given.get(n), row)
-                done = _corner(new[n], done)
-            stacked = new
+            stacked = {n: recovered_stacked(n, v, given.get(n), row) for n, v in stacked.items()}
             shared = {n: refilled(n, v, row) for n, v in shared.items()}
         return stacked, shared
 
@@ -228,13 +221,6 @@ def _rows(
         row = Row(plan=plan, step=step, mesh=None, specs=specs, norms=norms, norm_spec=norm_spec)
         listed |= recovered_listed(listed, given, row)
     return flat | new | listed
-
-
-def _corner(x: jax.Array, otherwise: Any) -> Any:
-    """One element of it, for others to wait for."""
-    if not x.size or not jnp.issubdtype(x.dtype, np.generic):
-        return otherwise
-    return jax.lax.slice(x, (0,) * x.ndim, (1,) * x.ndim)
 
 
 def _with_init(state: PyTree, plan: RecoveryPlan, init: Callable[[], PyTree] | None) -> PyTree:

@@ -97,8 +97,7 @@ def describe(event: Event) -> str:
         case MetricMissing():
             return (
                 f"saved {event.path} (step {event.step}) without the metric {event.metric!r}, by which the steps to "
-                "keep "
-                f'are ranked: it is never the best. Next step: save(..., metrics={{"{event.metric}": ...}})'
+                f'keep are ranked: it is never the best. Next step: save(..., metrics={{"{event.metric}": ...}})'
             )
         case Swept():
             return f"removed what dead runs left at {event.path}: {', '.join(event.names)}"

@@ -139,8 +139,7 @@ def _read_run(
     if sink is None and len(run) == 1 and (direct := _direct_target(first, leaves[first.leaf])) is not None:
         found = _fetch_blocks(reader, first, leaves[first.leaf].name, direct, block_bytes)
         check(first, leaves[first.leaf].name, direct, found)
-        if len(_placement(leaves[first.leaf])(first.index)) > 1:
-            _scatter(leaves[first.leaf], first.index, direct.view(leaves[first.leaf].dtype), skip_first=True)
+        _scatter(leaves[first.leaf], first.index, direct.view(leaves[first.leaf].dtype), skip_first=True)
         return len(direct)
     size = last.offset + last.length - first.offset
     with ARENA.borrow(size) as buffer:

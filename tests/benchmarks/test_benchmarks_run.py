@@ -22,6 +22,7 @@ ROWS = {
     "recovery_time": [9, 10],
     "recovery_fork": [5, 6],
     "recovery_runs": [],
+    "write_calls": [],
     "lcsc_study": [6, 7],
 }
 

@@ -1,6 +1,7 @@
 """save_async: captured when it returns, durable or an error when result() does, and nothing left behind."""
 
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -109,8 +110,10 @@ def test_memory_files_and_threads_stay_flat_over_a_hundred_saves(tmp_path: Path)
         with jc.save_async(tmp_path / "c", {"jax": array, "numpy": owned}, capture=modes[number % 4], overwrite=True):
             array = step(array)
         if number in (19, 99):
-            marks.append((rss_bytes(), len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))))
-    (rss, files, threads), (rss_end, files_end, threads_end) = marks
+            counts = [len(os.listdir(f"/proc/self/{what}")) for what in ("fd", "task")]
+            marks.append((rss_bytes(), *counts, threading.active_count()))
+    (rss, files, threads, ours), (rss_end, files_end, threads_end, ours_end) = marks
     assert rss_end - rss < 8 * 2**20  # of 2 MiB each: 80 that stayed would be 160
     assert files_end <= files
+    assert ours_end <= ours  # all that the library starts are Python's
     assert threads_end <= threads + 2  # XLA's own pools may grow by one

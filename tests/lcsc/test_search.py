@@ -217,7 +217,6 @@ def test_wrong_arguments_are_named() -> None:
 
 
 def test_plot_is_a_png(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     search(TREES, loss, budget=39).report.plot(tmp_path / "search.png", steps=range(K))
     assert (tmp_path / "search.png").read_bytes().startswith(b"\x89PNG")
 
@@ -295,7 +294,6 @@ def test_a_result_is_saved_with_its_lineage_and_report(tmp_path: Path) -> None:
 
 
 def test_a_report_is_written_as_text_plot_and_json(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     found = search(TREES, loss, strategy="evolution", budget=71, groups=("a", "*"))
     found.save(tmp_path / "merged")
     found.report.save(tmp_path / "report")
