@@ -40,6 +40,7 @@ class Task:
     learning_rate: float = 1e-3
     nfe: int = 1  # evaluations that make an image; more: of the model without LCSC, which it is compared with
     more: int = 2
+    solver: diffusion.Solver = "ddim"
     samples: int = 512  # that the search sees in one evaluation
     many: int = 4096  # on held-out data; half as many choose
 
@@ -77,7 +78,7 @@ def measures(task: Task, seed: int) -> Measures:
 
     def sample(params: PyTree, key: jax.Array, count: int, how: Any) -> jax.Array:
         if task.kind == "diffusion":
-            return diffusion.sample(config, params, key, count=count, nfe=how)
+            return diffusion.sample(config, params, key, count=count, nfe=how, solver=task.solver)
         return consistency.sample(config, params, key, count=count, middle=how)
 
     def distance(to: Any, count: int, how: Any, params: PyTree, key: jax.Array) -> jax.Array:

@@ -31,7 +31,18 @@ from jaxckpt import averaging, lcsc  # noqa: E402
 TASKS = (
     Task(name="consistency, digits", kind="consistency", images="digits", width=96),
     Task(name="consistency, MNIST", kind="consistency", images="mnist", width=128),
-    Task(name="diffusion, MNIST", kind="diffusion", images="mnist", width=96, nfe=9, more=15, samples=256),
+    Task(name="diffusion, digits", kind="diffusion", images="digits", width=192, nfe=9, more=15, samples=256),
+    Task(name="diffusion, MNIST", kind="diffusion", images="mnist", width=256, nfe=9, more=15, samples=256),
+    Task(
+        name="diffusion by DPM-Solver++, digits",
+        kind="diffusion",
+        images="digits",
+        width=192,
+        nfe=9,
+        more=15,
+        solver="dpm++",
+        samples=256,
+    ),
 )
 PARTS = ("strategies", "fewer", "cost")
 BASELINES = ("last", "best single", "uniform", "EMA grid", "EMA online", "greedy soup")
@@ -112,7 +123,7 @@ class Piece:
     def run(self, size: Size, parts: tuple[str, ...]) -> dict[str, Any]:
         self.once("baselines", self._baselines)
         for name, how in size.strategies.items() if "strategies" in parts else [("LCSC, defaults", {})]:
-            if name in FEW or self.task.images == "digits":
+            if name in FEW or self.task.name == "consistency, digits":
                 self.once(name, lambda how=how: self._searched(how, size.budget))
         if "fewer" in parts:
             self.once("fewer", self._fewer)

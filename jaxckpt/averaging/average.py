@@ -11,7 +11,7 @@ import numpy as np
 from jaxckpt.averaging.kernel import Accumulate, resolve
 from jaxckpt.averaging.onmesh import mesh_sums
 from jaxckpt.averaging.plan import Copy, Missing, Policy, Sum, Weights, make_plan
-from jaxckpt.averaging.reading import Want, boxes_of, destinations, fetch, finished, is_tree, made_together
+from jaxckpt.averaging.reading import Want, boxes_of, fetch, finished, is_tree, made_together, opener
 from jaxckpt.averaging.sources import EvalParams, arrays_of, open_sources
 from jaxckpt.averaging.stream import stream_sums
 from jaxckpt.checkpoint.exchange import is_shared
@@ -202,13 +202,12 @@ def average_opened(
         for one, found in zip(on_mesh, arrays, strict=True):
             values[place[id(one)]] = [finished(one.want, one.entry, array) for array in found]
     if on_host:
+        with jax.enable_x64(True):  # results of 64 bits are allocated as such
+            opened = opener(on_host, plan.models)
         more = stream_sums(
             sources,
             on_host,
-            lambda one: (
-                destinations(one.want, one.shape, one.dtype, plan.models),
-                boxes_of(one.want, one.shape),
-            ),
+            lambda one: (opened(one), boxes_of(one.want, one.shape)),
             lambda one, filled: values[place[id(one)]].extend(
                 finished(one.want, one.entry, each.finish()) for each in filled
             ),

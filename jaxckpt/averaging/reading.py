@@ -1,10 +1,11 @@
 """The parts of a restore that averaging uses: opening, what a leaf is wanted as, reading, and where it goes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
+from jax.sharding import Sharding
 
 from jaxckpt.checkpoint import restore as _restore
 from jaxckpt.checkpoint.place import Want as Want
@@ -49,14 +50,53 @@ def made_together(like: Any, make: Callable[[], Made]) -> Made:
     return make()
 
 
-def destinations(want: Want, shape: tuple[int, ...], dtype: np.dtype, count: int) -> list[Destination]:
-    """Memory of ``count`` results of one form."""
-    if want.sharding is None:
-        return [host_destination(shape, dtype) for _ in range(count)]
+class Form(Protocol):
+    """What the results of one leaf are."""
+
+    @property
+    def want(self) -> Want:
+        """Where they go."""
+        ...
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Their global shape."""
+        ...
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Their dtype."""
+        ...
+
+
+def opener(forms: Sequence[Form], count: int) -> Callable[[Form], list[Destination]]:
+    """A function that gives the memory of ``count`` results of one of these forms.
+
+    What is filled in place is allocated here and for all at once, as a restore does it: in large pages. Staging memory
+    is made when it is asked for.
+    """
     allocation = upload.Allocation()
-    found = [upload.device_destination(shape, dtype, want.sharding, allocation=allocation) for _ in range(count)]
+
+    def made(form: Form, sharding: Sharding, allocation: upload.Allocation) -> list[Destination]:
+        return [
+            upload.device_destination(form.shape, form.dtype, sharding, allocation=allocation) for _ in range(count)
+        ]
+
+    in_place = {
+        id(form): made(form, form.want.sharding, allocation)
+        for form in forms
+        if form.want.sharding is not None and upload.is_filled_in_place(form.shape, form.dtype, form.want.sharding)
+    }
     allocation.make()
-    return found
+
+    def opened(form: Form) -> list[Destination]:
+        if id(form) in in_place:
+            return in_place.pop(id(form))
+        if form.want.sharding is None:
+            return [host_destination(form.shape, form.dtype) for _ in range(count)]
+        return made(form, form.want.sharding, upload.Allocation())
+
+    return opened
 
 
 def boxes_of(want: Want, shape: tuple[int, ...]) -> tuple[Box, ...]:

@@ -97,13 +97,17 @@ def device_destination(
         zero: elements that nobody fills are zero.
     """
     boxes = device_boxes(sharding, shape)
-    shard_bytes = max((box.size for box in boxes.values()), default=0) * dtype.itemsize
-    in_place = cast is None and shard_bytes >= IN_PLACE_BYTES and not is_packed(dtype)
-    if in_place and _is_plain_cpu(sharding):
+    if cast is None and is_filled_in_place(shape, dtype, sharding):
         zeros = _zeroed(shape, dtype, sharding) if zero else None
         get = allocation.ask(shape, dtype, sharding) if zeros is None else lambda: zeros
         return _in_place(get, dtype, boxes)
     return _staged(shape, dtype, sharding, boxes, cast, zero)
+
+
+def is_filled_in_place(shape: tuple[int, ...], dtype: np.dtype, sharding: Sharding) -> bool:
+    """Whether a ``device_destination`` without a cast takes no memory beyond the array."""
+    largest = max((box.size for box in device_boxes(sharding, shape).values()), default=0)
+    return largest * dtype.itemsize >= IN_PLACE_BYTES and not is_packed(dtype) and _is_plain_cpu(sharding)
 
 
 def _staged(
