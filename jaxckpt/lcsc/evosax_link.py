@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxckpt.core.errors import InvalidArgumentError
 
@@ -85,7 +86,7 @@ def make_evosax(name: str, has_mean: bool, population: int, size: int, options: 
     from evosax.algorithms import algorithms
 
     with _lenient():
-        algorithm = algorithms[name](population_size=population, solution=jnp.zeros(size))
+        algorithm = algorithms[name](population_size=population, solution=jax.device_put(np.zeros(size, np.float32)))
         params: Any = _default_params(algorithm)
     known = sorted(params.__dataclass_fields__)
     if wrong := [key for key, _ in options if key not in known]:
@@ -96,9 +97,14 @@ def make_evosax(name: str, has_mean: bool, population: int, size: int, options: 
     return Evosax(algorithm, params.replace(**given), has_mean)
 
 
+def quick_options() -> dict[str, Any] | None:
+    """For programs that run in less time than it takes to optimise them; None where there is no such option."""
+    return {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+
+
 def _default_params(algorithm: Any) -> Any:
     """As one program, where an algorithm allows it: op by op it would be a hundred."""
     try:
-        return jax.jit(lambda: algorithm.default_params)()
+        return jax.jit(lambda: algorithm.default_params, compiler_options=quick_options())()
     except jax.errors.ConcretizationTypeError:
         return algorithm.default_params

@@ -21,6 +21,7 @@ from jaxckpt.lcsc.space import Space
 
 PyTree = Any
 Placement = Literal["auto", "device", "host", "stream"]
+SMALL_BYTES = 64 * 1024 * 1024  # a stack of this size is put together on the host before the programs for it compile
 _SHARE = 0.5  # of free memory that the stack may take
 
 
@@ -102,14 +103,27 @@ def stack(read: Callable[[int], Sequence[Any]], last: Sequence[Any], count: int)
     """
     places = [i for i, leaf in enumerate(last) if summed(leaf)]
     summed_leaves = [last[i] for i in places]
-    filled = _room(count, tuple(_stacked_sharding(leaf) for leaf in summed_leaves))(summed_leaves)
-    for k in range(count - 1):
-        found = read(k)
-        filled = _put(filled, [found[i] for i in places], k)
+    shardings = tuple(_stacked_sharding(leaf) for leaf in summed_leaves)
+    if all(leaf.is_fully_addressable for leaf in summed_leaves) and count * _bytes(summed_leaves) <= SMALL_BYTES:
+        filled = [np.empty((count, *leaf.shape), leaf.dtype) for leaf in summed_leaves]
+        for k in range(count):
+            found = read(k) if k < count - 1 else last
+            for rows, i in zip(filled, places, strict=True):
+                rows[k] = found[i]
+        filled = [jax.device_put(rows, sharding) for rows, sharding in zip(filled, shardings, strict=True)]
+    else:
+        filled = _room(count, shardings)(summed_leaves)
+        for k in range(count - 1):
+            found = read(k)
+            filled = _put(filled, [found[i] for i in places], k)
     stacked = [leaf[None] if i not in places else leaf for i, leaf in enumerate(last)]
     for i, leaf in zip(places, filled, strict=True):
         stacked[i] = leaf
     return stacked
+
+
+def _bytes(leaves: Sequence[jax.Array]) -> int:
+    return sum(leaf.nbytes for leaf in leaves)
 
 
 def _stacked_sharding(leaf: jax.Array) -> Any:
@@ -152,7 +166,7 @@ def _placed(leaf: Any, mesh: Mesh | None, spreads: bool) -> jax.Array:
 
     Axes are of type Auto, so that XLA partitions the objective as it finds best.
     """
-    array = leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf, jnp.float32 if type(leaf) is float else None)
+    array = leaf if isinstance(leaf, jax.Array) else jax.device_put(np.float32(leaf) if type(leaf) is float else leaf)
     if mesh is None:
         return array
     sharding = array.sharding

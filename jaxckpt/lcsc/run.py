@@ -2,8 +2,9 @@
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ import numpy as np
 
 from jaxckpt.core.errors import InvalidArgumentError
 from jaxckpt.lcsc.evaluate import Keys, Objective
+from jaxckpt.lcsc.evosax_link import quick_options
 from jaxckpt.lcsc.progress import Advance, Watch
 from jaxckpt.lcsc.selection import Penalty
 from jaxckpt.lcsc.space import Space
@@ -37,7 +39,7 @@ class Run:
     """What does not change during a search."""
 
     space: Space
-    strategy: Strategy
+    making: Callable[[], Strategy]  # waits until the strategy is made: that goes on beside the first evaluations
     evaluate: Any
     objective: Objective
     l1_penalty: float | None
@@ -51,6 +53,11 @@ class Run:
     alone: np.ndarray  # checkpoints by themselves [m, G, K], of which soups are made
     budget: int
     clock: Clock
+
+    @property
+    def strategy(self) -> Strategy:
+        """What asks and is told."""
+        return self.making()
 
     @property
     def generations(self) -> int:
@@ -80,7 +87,7 @@ class Run:
             path=np.full((self.generations, groups, count), np.nan),
         )
 
-    def begin(self, state: State) -> State:
+    def begin(self) -> State:
         """The best of profiles, checkpoints alone and soups of the best of these becomes the centre.
 
         The first population is the best of them, then points around the centre.
@@ -102,7 +109,8 @@ class Run:
         around = np.random.default_rng(seed).standard_normal((self.width, self.space.size), np.float32)
         known = self.space.vector(tried[order][: self.width], centre)
         around[: len(known)] = known
-        return replace(state, centre=centre, profiles=scores, strategy=_start(self.strategy, self.key, around))
+        strategy = _start(self.strategy, self.key, around)
+        return replace(self.empty(), centre=centre, profiles=scores, strategy=strategy)
 
     def _tried(self, points: np.ndarray) -> np.ndarray:
         found = self.measured(self.objective, points, self.use(_PROFILES))
@@ -199,7 +207,7 @@ class Run:
         return first, second, third
 
     def warm(self) -> None:
-        """Compile the strategy's programs, on nothing."""
+        """Make the strategy and compile its programs, on nothing."""
         if self.strategy.uses_gradient:
             return
         none = np.zeros((self.width, self.space.size), np.float32)
@@ -208,6 +216,11 @@ class Run:
             population, inner = _ask(self.strategy, later, self.key, 0, state)
             state = _tell(self.strategy, later, self.key, 0, inner, np.asarray(population), none[:, 0], None)
             self.mean(jax.device_get(state))
+
+
+def warm_keys(key: jax.Array) -> None:
+    """Compile the program that makes keys."""
+    _key_data(key, _PROFILES, 0)
 
 
 def _use(key: jax.Array, purpose: Any, number: Any) -> jax.Array:
@@ -222,21 +235,36 @@ def _key_data(key: jax.Array, purpose: Any, number: Any) -> jax.Array:
 # Each step of a strategy is one program: op by op, small ones take longer to start than to run. Results go to the host
 # and come back, as from a saved state: the interrupted and the uninterrupted search go on from the same.
 def _start(strategy: Strategy, key: jax.Array, first: np.ndarray) -> PyTree:
-    return jax.device_get(_started(strategy, key, first))
+    return jax.device_get(_program(_started, 1, jax.default_backend())(strategy, key, first))
 
 
-@partial(jax.jit, static_argnums=0)
+def _ask(strategy: Strategy, later: int, key: jax.Array, now: int, state: PyTree) -> tuple[jax.Array, PyTree]:
+    return _program(_asked, 2, jax.default_backend())(strategy, later, key, now, state)
+
+
+def _tell(
+    strategy: Strategy, later: int, key: jax.Array, now: int, state: PyTree, population: Any, fitness: Any, slopes: Any
+) -> PyTree:
+    program = _program(_told, 2, jax.default_backend())
+    return program(strategy, later, key, now, state, population, fitness, slopes)
+
+
+@lru_cache(maxsize=16)
+def _program(step: Callable[..., Any], static: int, platform: str) -> Callable[..., Any]:
+    """Jitted for this backend, its first arguments static."""
+    del platform
+    return jax.jit(step, static_argnums=tuple(range(static)), compiler_options=quick_options())
+
+
 def _started(strategy: Strategy, key: jax.Array, first: Any) -> PyTree:
     return strategy.start(_use(key, _STARTING, 0), first)
 
 
-@partial(jax.jit, static_argnums=(0, 1))
-def _ask(strategy: Strategy, later: int, key: jax.Array, now: Any, state: PyTree) -> tuple[jax.Array, PyTree]:
+def _asked(strategy: Strategy, later: int, key: jax.Array, now: Any, state: PyTree) -> tuple[jax.Array, PyTree]:
     return strategy.ask(_use(key, _ASKING, now), state, later)
 
 
-@partial(jax.jit, static_argnums=(0, 1))
-def _tell(
+def _told(
     strategy: Strategy, later: int, key: jax.Array, now: Any, state: PyTree, population: Any, fitness: Any, slopes: Any
 ) -> PyTree:
     return strategy.tell(_use(key, _TELLING, now), state, population, fitness, slopes, later)

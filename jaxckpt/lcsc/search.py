@@ -25,7 +25,7 @@ from jaxckpt.lcsc.load import Placement, make_evaluator, with_products
 from jaxckpt.lcsc.merge import Lora
 from jaxckpt.lcsc.progress import Line, Watch, watcher
 from jaxckpt.lcsc.report import Report, Result
-from jaxckpt.lcsc.run import GRADIENT_COST, Clock, Run
+from jaxckpt.lcsc.run import GRADIENT_COST, Clock, Run, warm_keys
 from jaxckpt.lcsc.selection import concerns, select
 from jaxckpt.lcsc.space import Kind, Space, profiles
 from jaxckpt.lcsc.state import Saver, State, read
@@ -152,7 +152,9 @@ def search(
     single = np.eye(shape.count)[_spaced(shape.count, 0 if space == "simplex" else SINGLES)]
     alone = _limited(single, shape)
     cost = GRADIENT_COST if uses_gradient else population
-    with ThreadPoolExecutor(1, thread_name_prefix="jaxckpt-search") as pool:  # evosax is loaded while checkpoints are
+    # evosax is loaded, and the strategy's programs are compiled, while checkpoints are read and first evaluated.
+    with ThreadPoolExecutor(1, thread_name_prefix="jaxckpt-search") as pool:
+        pool.submit(warm_keys, root)
         making = pool.submit(make_strategy, strategy, population=population, size=shape.size, options=options or {})
         sources = made_together(like, lambda: open_sources(places, eval_params, storage))
         check_opened(sources, like=like, only=only)  # whether they fit together
@@ -169,56 +171,57 @@ def search(
             mesh=mesh,
             axis=axis,
         )
-        searcher = making.result()
-    if uses_gradient and not isinstance(evaluate, Resident):
-        raise InvalidArgumentError(
-            f'strategy "gradient" needs jit=True and placement="device", and has jit={jit} and placement='
-            f'"{evaluate.placement}"; averaging.learned_soup streams gradients from storage.'
+        if options:
+            making.result()  # one that there is not is told before anything is evaluated
+        if uses_gradient and not isinstance(evaluate, Resident):
+            raise InvalidArgumentError(
+                f'strategy "gradient" needs jit=True and placement="device", and has jit={jit} and placement='
+                f'"{evaluate.placement}"; averaging.learned_soup streams gradients from storage.'
+            )
+        run = Run(
+            space=shape,
+            making=making.result,
+            evaluate=evaluate,
+            objective=objective,
+            l1_penalty=l1_penalty,
+            negative_penalty=negative_penalty,
+            key=root,
+            width=1 if uses_gradient else population,
+            cost=cost,
+            is_fixed=noise == "fixed",
+            kept=max(finalists, 1),
+            first=first,
+            alone=alone,
+            budget=budget,
+            clock=Clock(),
         )
-    run = Run(
-        space=shape,
-        strategy=searcher,
-        evaluate=evaluate,
-        objective=objective,
-        l1_penalty=l1_penalty,
-        negative_penalty=negative_penalty,
-        key=root,
-        width=1 if uses_gradient else population,
-        cost=cost,
-        is_fixed=noise == "fixed",
-        kept=max(finalists, 1),
-        first=first,
-        alone=alone,
-        budget=budget,
-        clock=Clock(),
-    )
-    if run.generations < 1:
-        raise InvalidArgumentError(
-            f"budget is {budget}: {run.begun} profiles (decays), checkpoints alone and soups, and one generation of "
-            f"{cost} do not fit."
-        )
-    settings = {
-        "strategy": strategy,
-        "options": {name: _plain(value) for name, value in (options or {}).items()},
-        "space": space,
-        "groups": list(groups),
-        "scale": shape.step,
-        "bounds": None if bounds is None else list(bounds),
-        "lora": None if lora is None else [lora.space, list(lora.pairs), lora.rank],
-        "l1_penalty": l1_penalty,
-        "negative_penalty": negative_penalty,
-        "checkpoints": shape.count,
-        "budget": budget,
-        "population": population,
-        "seed": key if isinstance(key, int) else None,
-        "key": np.asarray(jax.random.key_data(root)).tolist(),
-        "noise": noise,
-        "decays": list(decays),
-        "finalists": finalists,
-        "sources": [origin(source) for source in sources],
-        "record": dict(record or {}),
-    }
-    now = _searched(run, watcher(progress), began, state, _as_json(settings), storage)
+        if run.generations < 1:
+            raise InvalidArgumentError(
+                f"budget is {budget}: {run.begun} profiles (decays), checkpoints alone and soups, and one generation "
+                f"of {cost} do not fit."
+            )
+        settings = {
+            "strategy": strategy,
+            "options": {name: _plain(value) for name, value in (options or {}).items()},
+            "space": space,
+            "groups": list(groups),
+            "scale": shape.step,
+            "bounds": None if bounds is None else list(bounds),
+            "lora": None if lora is None else [lora.space, list(lora.pairs), lora.rank],
+            "l1_penalty": l1_penalty,
+            "negative_penalty": negative_penalty,
+            "checkpoints": shape.count,
+            "budget": budget,
+            "population": population,
+            "seed": key if isinstance(key, int) else None,
+            "key": np.asarray(jax.random.key_data(root)).tolist(),
+            "noise": noise,
+            "decays": list(decays),
+            "finalists": finalists,
+            "sources": [origin(source) for source in sources],
+            "record": dict(record or {}),
+        }
+        now = _searched(run, watcher(progress), began, state, _as_json(settings), storage, pool)
 
     def measure(what: Objective | None) -> Any:
         return None if what is None else lambda points, keys: run.measured(what, points, keys)
@@ -262,15 +265,19 @@ def search(
 
 
 def _searched(
-    run: Run, watch: Watch | None, began: float, path: str | None, settings: dict[str, Any], storage: Any
+    run: Run,
+    watch: Watch | None,
+    began: float,
+    path: str | None,
+    settings: dict[str, Any],
+    storage: Any,
+    pool: ThreadPoolExecutor,
 ) -> State:
     """The state after the last generation; each is on storage before the next but one begins."""
-    with ThreadPoolExecutor(1, thread_name_prefix="jaxckpt-search") as pool:
-        compiled = pool.submit(run.warm)  # while the objective's program compiles
-        now = run.empty()
-        saved = None if path is None else read(path, now, settings, storage)
-        now = run.begin(now) if saved is None else saved
-        compiled.result()
+    compiled = pool.submit(run.warm)
+    saved = None if path is None else read(path, run.empty, settings, storage)
+    now = run.begin() if saved is None else saved
+    compiled.result()
     saver = None if path is None else Saver(path, settings, storage)
     try:
         if saver is not None and saved is None:

@@ -1,5 +1,6 @@
 """The state of a search, saved each generation as a checkpoint of ours: a kill costs one generation at most."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -71,8 +72,10 @@ class Saver:
             saving.result()
 
 
-def read(path: str, like: State, settings: dict[str, Any], options: StorageOptions | None) -> State | None:
-    """The newest state saved, or None. ``budget`` may differ: the search goes on for longer.
+def read(
+    path: str, empty: Callable[[], State], settings: dict[str, Any], options: StorageOptions | None
+) -> State | None:
+    """The newest state saved, in the form of an empty one, or None. ``budget`` may differ: it goes on for longer.
 
     Raises:
         MismatchError: it is of another search; names the settings that differ, or it is past the budget.
@@ -95,7 +98,7 @@ def read(path: str, like: State, settings: dict[str, Any], options: StorageOptio
         found[info.step or 0] = place
     if not found:
         return None
-    newest = max(found)
+    newest, like = max(found), empty()
     if newest > len(like.fitness):
         raise MismatchError(
             f"{found[newest]} has {counted(newest, 'generation')}, and the budget of {settings['budget']} has room for "

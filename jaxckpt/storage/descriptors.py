@@ -70,7 +70,8 @@ class _Shared:
         self.kept = False
         self._close_if_unused()
 
-    def _close_if_unused(self) -> None:
+    def _close_if_unused(self, close: Callable[[int], None] = os.close) -> None:
+        # Bound when it is defined: at the interpreter's end, modules are emptied before the last objects go.
         if not self.kept and self.users == 0 and self.fd >= 0:
-            os.close(self.fd)
+            close(self.fd)
             self.fd = -1
