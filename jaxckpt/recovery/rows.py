@@ -1,8 +1,9 @@
 """One leaf of a lost stage: what arrives from where, and how it is combined. Runs inside the compiled program."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,16 @@ from jaxckpt.core.errors import InvalidArgumentError
 from jaxckpt.recovery.combine import Weight, neighbour_weights, weighted_average
 from jaxckpt.recovery.layout import Placement
 from jaxckpt.recovery.plan import RecoveryPlan, StageStep
+
+PART_BYTES = 2 * 1024 * 1024  # of a row, that travels at a time
+
+
+class Cut(NamedTuple):
+    """A part of a leaf: ``size`` places of an axis from ``start`` on."""
+
+    axis: int
+    start: Any
+    size: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,14 +56,25 @@ def recovered_stacked(name: str, value: jax.Array, given: Any, row: Row) -> jax.
                 return _put(value, lambda: jnp.zeros_like(_local(value, stage, axis, spec, row)), spec, axis, row)
             raise InvalidArgumentError(f'Leaf "{name}" of the lost stage has no copy.')
         holder = stage if row.step.source == "checkpoint_stage" else (stage + 1) % row.plan.layout.stages
-        piece = _from_stage(given, holder, axis, spec, row)
-        return _put(value, lambda: piece.astype(value.dtype), spec, axis, row)
+
+        def copied(value: jax.Array, cut: Cut | None) -> jax.Array:
+            piece = _from_stage(given, holder, axis, spec, row, cut)
+            return _put(value, lambda: piece.astype(value.dtype), spec, axis, row, cut)
+
+        return _in_parts(value, copied, axis, row)
     if row.plan.policy.method == "random" and row.step.source == "average":
         return _put(value, lambda: jnp.zeros_like(_local(value, stage, axis, spec, row)), spec, axis, row)
     if optimizer and row.plan.policy.optimizer in ("fresh", "keep", "rescale"):
         return value  # replaced by fresh rows
-    left, right = (None if n is None else _from_stage(value, n, axis, spec, row) for n in row.step.neighbours)
-    return _put(value, _combined(name, left, right, place, row), spec, axis, row)
+
+    def averaged(value: jax.Array, cut: Cut | None) -> jax.Array:
+        left, right = (None if n is None else _from_stage(value, n, axis, spec, row, cut) for n in row.step.neighbours)
+        return _put(value, _combined(name, left, right, place, row), spec, axis, row, cut)
+
+    by_element = row.plan.policy.method not in ("splice", "layerwise") and (
+        row.plan.layout.repeats == 1 or place.repeat_axis is None
+    )
+    return _in_parts(value, averaged, axis, row) if by_element else averaged(value, None)
 
 
 def recovered_listed(leaves: dict[str, Any], given: dict[str, Any], row: Row) -> dict[str, Any]:
@@ -205,25 +227,53 @@ def _per_device(spec: PartitionSpec, axis: int, row: Row) -> int:
     return layout.stages // row.mesh.shape[layout.axis]
 
 
-def _local(x: jax.Array, stage: int, axis: int, spec: PartitionSpec, row: Row) -> jax.Array:
+def _in_parts(value: jax.Array, fill: Callable[[jax.Array, Cut | None], jax.Array], axis: int, row: Row) -> jax.Array:
+    """``fill`` for one part of the row after the other: what travels takes the memory of a part, and not of the row."""
+    if row.mesh is None:  # nothing travels, and a cut may cross shards
+        return fill(value, None)
+    along = max((d for d in range(value.ndim) if d != axis), key=lambda d: value.shape[d], default=axis)
+    row_bytes = math.prod(value.shape[:axis] + value.shape[axis + 1 :]) * value.dtype.itemsize
+    parts = min(-(-row_bytes // PART_BYTES), value.shape[along])
+    if parts < 2 or along == axis:
+        return fill(value, None)
+    size = -(-value.shape[along] // parts)
+
+    def one(i: jax.Array, value: jax.Array) -> jax.Array:
+        # The last part may overlap the one before: what is written twice is the same.
+        return fill(value, Cut(along, jnp.minimum(i * size, value.shape[along] - size), size))
+
+    return jax.lax.fori_loop(0, parts, one, value)
+
+
+def _local(x: jax.Array, stage: int, axis: int, spec: PartitionSpec, row: Row, cut: Cut | None = None) -> jax.Array:
+    if cut is not None:
+        x = jax.lax.dynamic_slice_in_dim(x, cut.start, cut.size, cut.axis)
     return jax.lax.index_in_dim(x, stage % _per_device(spec, axis, row), axis, keepdims=False)
 
 
-def _from_stage(x: jax.Array, source: int, axis: int, spec: PartitionSpec, row: Row) -> jax.Array:
-    """The row of stage ``source``, on the device of the lost stage."""
+def _from_stage(
+    x: jax.Array, source: int, axis: int, spec: PartitionSpec, row: Row, cut: Cut | None = None
+) -> jax.Array:
+    """The row of stage ``source``, or a part of it, on the device of the lost stage."""
     per_device = _per_device(spec, axis, row)
-    piece = _local(x, source, axis, spec, row)
+    piece = _local(x, source, axis, spec, row, cut)
     pair = (source // per_device, row.step.stage // per_device)
     return piece if pair[0] == pair[1] else jax.lax.ppermute(piece, row.plan.layout.axis, [pair])
 
 
-def _put(x: jax.Array, make: Callable[[], Any], spec: PartitionSpec, axis: int, row: Row) -> jax.Array:
-    """The row written where it lies. Only there is it computed: all other devices do nothing."""
+def _put(
+    x: jax.Array, make: Callable[[], Any], spec: PartitionSpec, axis: int, row: Row, cut: Cut | None = None
+) -> jax.Array:
+    """The row, or a part of it, written where it lies. Only there is it computed: all other devices do nothing."""
     per_device = _per_device(spec, axis, row)
     stage = row.step.stage
 
     def written(x: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_update_index_in_dim(x, make(), stage % per_device, axis)
+        where: list[Any] = [0] * x.ndim
+        where[axis] = stage % per_device
+        if cut is not None:
+            where[cut.axis] = cut.start
+        return jax.lax.dynamic_update_slice(x, jnp.expand_dims(make(), axis), where)
 
     if per_device == row.plan.layout.stages:
         return written(x)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -20,7 +21,8 @@ from jaxckpt.recovery.layout import Listed, Stacked, StageLayout
 from jaxckpt.recovery.norms import finite_stages, init_norms, stage_norms
 from jaxckpt.recovery.optimizer import scale_by_reset_age, scale_by_stage_lr, stage_optimizer
 from jaxckpt.recovery.plan import Available, RecoveryPolicy, plan_recovery
-from jaxckpt.recovery.recover import lower_recovery, recover_stage
+from jaxckpt.recovery.recover import _compiled, lower_recovery, recover_stage
+from jaxckpt.recovery.rows import PART_BYTES
 
 PLAIN = StageLayout(stages=4, rules=(Stacked(pattern="stages"),))
 CIRCULAR = StageLayout(stages=4, repeats=2, rules=(Stacked(pattern="stages", stage_axis=1, repeat_axis=0),))
@@ -157,6 +159,41 @@ def test_only_permutes_of_two_stages_travel_and_inputs_are_donated() -> None:
     per_device = 3 * 32 * 8 + 3 * 16
     assert elements <= 2 * per_device + 2
     assert text.split("\n", 1)[0].count("may-alias") + text.split("\n", 1)[0].count("must-alias") == 2
+
+
+@pytest.mark.parametrize("source", ["average", "stale_copy", "checkpoint_stage", "edge_copy"])
+def test_what_travels_in_parts_is_what_travels_whole(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    mesh = mesh_of()
+    w = np.random.default_rng(0).normal(size=(4, 3, 66, 8)).astype(np.float32)
+    layout = replace(PLAIN, swap=source == "edge_copy")
+    lost = 0 if source == "edge_copy" else 2
+    copies = None if source in ("average", "edge_copy") else {"stages": put(w + 1, mesh, "stage", None, "fsdp")}
+    available = Available(copies={lost: 3}, checkpoint_age=3)
+    plan = plan_recovery(lost, layout, available, source=source)
+    norms = put(np.asarray([0.3, 1.7, 0.011, 2.5], np.float32), mesh, "stage")
+
+    def recovered() -> tuple[np.ndarray, str]:
+        state = {"stages": put(poison(w, lost), mesh, "stage", None, "fsdp")}
+        program = lower_recovery(state, plan, mesh, norms=norms, copies=copies).compile()
+        return np.asarray(recover_stage(state, plan, mesh, norms=norms, copies=copies)["stages"]), program.as_text()
+
+    whole, _ = recovered()
+    monkeypatch.setattr("jaxckpt.recovery.rows.PART_BYTES", 1024)  # of 3,168 on a device: parts of 9 rows of 33
+    monkeypatch.setattr("jaxckpt.recovery.recover._compiled", _compiled.__wrapped__)
+    parts, text = recovered()
+    assert " while(" in text
+    assert "f32[3,9,8]" in text or "f32[1,3,9,8]" in text
+    np.testing.assert_array_equal(parts, whole)
+    assert np.isfinite(parts).all()
+
+
+def test_a_large_stage_takes_the_memory_of_a_part_to_travel() -> None:
+    mesh = mesh_of(fsdp=1)
+    rows = jax.ShapeDtypeStruct((4, 12, 1024, 1024), jnp.float32, sharding=NamedSharding(mesh, P("stage")))
+    norms = jax.ShapeDtypeStruct((4,), jnp.float32, sharding=NamedSharding(mesh, P("stage")))
+    found = lower_recovery({"stages": rows}, plan_recovery(1, PLAIN), mesh, norms=norms).compile().memory_analysis()
+    assert found.temp_size_in_bytes <= 4 * PART_BYTES  # of a stage of 48 MiB, from two neighbours
+    assert found.alias_size_in_bytes >= 48 * 2**20
 
 
 def adam_state(tx: Any, mesh: Any) -> Any:
