@@ -52,7 +52,7 @@ def search(
     negative_penalty: float = 0.0,
     budget: int = 1024,
     population: int = 16,
-    key: jax.Array | int = 0,
+    key: jax.Array | np.ndarray | int = 0,
     noise: Literal["fresh", "fixed"] = "fresh",
     decays: Sequence[float] = DECAYS,
     finalists: int = 5,
@@ -95,7 +95,7 @@ def search(
         budget: evaluations of single models, those before the search included: profiles, at most 64 checkpoints
             alone, and at most four soups; a gradient counts as three.
         population: candidates in a generation.
-        key: a PRNG key, or a seed.
+        key: one PRNG key, as ``jax.random.key(0)`` (typed, or of the older uint32 kind), or a seed.
         noise: ``"fresh"`` in each generation, or ``"fixed"``: one draw for the whole search.
         decays: of the EMA profiles.
         finalists: how many of the best seen are scored again.
@@ -144,7 +144,7 @@ def search(
         )
     places = located(checkpoints, storage)
     shape = Space(kind=space, count=len(places), groups=tuple(groups), scale=scale, bounds=bounds)
-    root = jax.random.key(operator.index(key)) if not isinstance(key, jax.Array) or not key.ndim else _typed(key)
+    root, seed = _root(key)
     check_name(strategy)
     uses_gradient = strategy.lower() == "gradient"
     first = _limited(profiles(shape.count, decays), shape)
@@ -213,7 +213,7 @@ def search(
             "checkpoints": shape.count,
             "budget": budget,
             "population": population,
-            "seed": key if isinstance(key, int) else None,
+            "seed": seed,
             "key": np.asarray(jax.random.key_data(root)).tolist(),
             "noise": noise,
             "decays": list(decays),
@@ -306,8 +306,26 @@ def _spaced(count: int, limit: int) -> np.ndarray:
     return np.unique(np.linspace(count - 1, 0, min(count, limit)).round().astype(int))
 
 
-def _typed(key: jax.Array) -> jax.Array:
-    return key if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else jax.random.wrap_key_data(key)
+def _root(key: Any) -> tuple[jax.Array, int | None]:
+    """The typed key of a search, and the seed it was made from, where a seed was given."""
+    try:
+        if isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+            found, seed = key, None
+        elif isinstance(key, jax.Array | np.ndarray) and key.ndim:
+            found, seed = jax.random.wrap_key_data(jnp.asarray(key)), None
+        else:
+            seed = operator.index(key)
+            found = jax.random.key(seed)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise InvalidArgumentError(_no_key(key)) from error
+    if found.ndim or isinstance(key, bool):
+        raise InvalidArgumentError(_no_key(key))
+    return found, seed
+
+
+def _no_key(key: Any) -> str:
+    told = f"{key.dtype}{list(key.shape)}" if isinstance(key, jax.Array | np.ndarray) else repr(key)
+    return f"key is {told}; give one key, such as jax.random.key(0), or an integer seed of at most 64 bits."
 
 
 def _as_json(settings: dict[str, Any]) -> dict[str, Any]:

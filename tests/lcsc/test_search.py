@@ -216,6 +216,46 @@ def test_wrong_arguments_are_named() -> None:
         search(TREES, loss, options={"sigma": 1})
 
 
+SEEDS = [3, np.int64(3), np.uint8(3), jnp.int32(3)]
+KEYS = [jax.random.key(3), jax.random.PRNGKey(3), np.array([0, 3], np.uint32)]
+
+
+def test_a_key_may_be_a_seed_a_typed_key_or_an_older_one() -> None:
+    found = [search(TREES, loss, strategy="random", budget=31, key=key) for key in (*SEEDS, *KEYS)]
+    for one in found[1:]:
+        assert one.report.fitness.tobytes() == found[0].report.fitness.tobytes()
+        assert one.coefficients.tobytes() == found[0].coefficients.tobytes()
+        assert one.report.settings["key"] == [0, 3]
+    assert [one.report.settings["seed"] for one in found] == [3, 3, 3, 3, None, None, None]
+
+
+def test_a_key_may_be_split_folded_or_of_another_generator() -> None:
+    first, second = jax.random.split(jax.random.key(0))
+    keys = [first, second, jax.random.fold_in(first, 1), jax.random.key(0, impl="rbg")]
+    seen = {search(TREES, loss, strategy="random", budget=31, key=key).report.fitness.tobytes() for key in keys}
+    assert len(seen) == len(keys)
+
+
+@pytest.mark.parametrize(
+    ("key", "said"),
+    [
+        ("a", "key is 'a'"),
+        (1.5, "key is 1.5"),
+        (None, "key is None"),
+        (True, "key is True"),
+        (2**70, "an integer seed of at most 64 bits"),
+        (jnp.float32(1), r"key is float32\[\]"),
+        (jax.random.split(jax.random.key(0)), r"key is key<fry>\[2\]; give one key"),
+        (jax.random.split(jax.random.PRNGKey(0), 3), r"key is uint32\[3, 2\]; give one key"),
+        (np.zeros(3, np.uint32), r"key is uint32\[3\]"),
+        (np.zeros(2, np.int32), r"key is int32\[2\]"),
+    ],
+)
+def test_what_is_no_key_is_an_error(key: Any, said: str) -> None:
+    with pytest.raises(InvalidArgumentError, match=said):
+        search(TREES, loss, key=key)
+
+
 def test_plot_is_a_png(tmp_path: Path) -> None:
     search(TREES, loss, budget=39).report.plot(tmp_path / "search.png", steps=range(K))
     assert (tmp_path / "search.png").read_bytes().startswith(b"\x89PNG")
