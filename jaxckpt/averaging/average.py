@@ -68,7 +68,7 @@ def average(
             subtree, ``optax.contrib.schedule_free_eval_params``... Traced once; a leaf of its result reads only
             the leaves of the state that it depends on.
         accumulate: ``"auto"``, ``"float64"``, ``"float32"`` (pairs; what ``"auto"`` takes on TPUs).
-        dtype: of floating results, where ``like`` does not say.
+        dtype: of floating results, where ``like`` does not say; a complex one is of complex results.
         where: ``"host"`` sums on the CPU and moves one model to the devices, ``"device"`` sums on the devices.
             ``"auto"``: on the host for CPU and numpy results of one process, else on the devices.
         finalize: called with each result, as to re-estimate batch-norm statistics (``averaging.batch_norm``).

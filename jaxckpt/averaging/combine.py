@@ -28,7 +28,7 @@ def combine(stacked: PyTree, weights: Any, *, accumulate: Accumulate = "auto", d
             last is taken.
         weights: [K] for one tree, or [P, K] for P trees at once, which reads the stack once.
         accumulate: "auto", "float64", or "float32" (pairs).
-        dtype: of the floating results; that of each leaf by default.
+        dtype: of the floating results, or of the complex ones if it is complex; that of each leaf by default.
 
     Returns:
         The tree of the sums, leaves [...]; for weights [P, K], leaves [P, ...].
@@ -54,8 +54,13 @@ def combine(stacked: PyTree, weights: Any, *, accumulate: Accumulate = "auto", d
                 f'Leaf "{jax.tree_util.keystr(path, simple=True, separator=".")}" is {leaf.dtype}{list(leaf.shape)}; '
                 f"there are {count} weights, so its first axis must be {count}. Stack the trees on a new first axis."
             )
+    if dtype is not None and not jnp.issubdtype(dtype, jnp.inexact):
+        raise InvalidArgumentError(
+            f"dtype is {np.dtype(dtype).name}; it is that of floating results, as float32 or bfloat16. Leave it out, "
+            "and round the result yourself."
+        )
     floating = [leaf for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.inexact)]
-    dtypes = tuple(np.dtype(leaf.dtype if dtype is None else dtype) for leaf in floating)
+    dtypes = tuple(np.dtype(leaf.dtype if _is_of_another_kind(leaf, dtype) else dtype) for leaf in floating)
     sums = iter(_sums(floating, parts, how, dtypes, weights.ndim == 2))
 
     def last(leaf: jax.Array) -> jax.Array:
@@ -154,6 +159,12 @@ def check_alike(a: PyTree, b: PyTree) -> None:
                 f'Leaf "{path_name(path)}": the first tree has {ours.get(path, "none")}, the second '
                 f"{theirs.get(path, 'none')}. Both must have the same leaves and shapes."
             )
+
+
+def _is_of_another_kind(leaf: jax.Array, dtype: Any) -> bool:
+    """Whether one is complex and the other real, or there is no dtype."""
+    kind = jnp.complexfloating
+    return dtype is None or jnp.issubdtype(leaf.dtype, kind) != jnp.issubdtype(dtype, kind)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4))

@@ -107,6 +107,11 @@ def make_plan(
     """
     if missing not in ("error", "keep", "skip"):
         raise InvalidArgumentError(f'missing is {missing!r}; it is "error", "keep" or "skip".')
+    if dtype is not None and _rank(dtype) < 2:
+        raise InvalidArgumentError(
+            f"dtype is {np.dtype(dtype).name}; it is that of floating results, as float32 or bfloat16. Leave it out, "
+            "and round the result yourself."
+        )
     if isinstance(policy, str):
         policy = {"*": policy}
     places = [Places(source.structure, only) for source in sources]
@@ -206,12 +211,14 @@ def _one(
     used = [j for j in range(len(held)) if chosen[:, j].any()] or [0]
     first = held[used[0]]
     want, wrong = _want(sources[first[0]], first[1], leaf, like, is_tree, cast=True)
+    entry = entries[used[0]]
+    wrong = wrong or _lost(leaf.name, entry, want)
     if wrong:
         return wrong
-    entry = entries[used[0]]
-    if len(used) == 1 and (chosen[:, used[0]] == 1).all() and not (dtype is not None and entry.stored):
+    own = dtype_of(entry.dtype or "float64")
+    out = own if is_tree or dtype is None or not entry.stored or _rank(dtype) != _rank(own) else np.dtype(dtype)
+    if len(used) == 1 and (chosen[:, used[0]] == 1).all() and (want.cast is not None or out == own):
         return Copy(leaf.name, first[0], want, ())
-    out = want.cast or (np.dtype(dtype) if dtype is not None and not is_tree else dtype_of(entry.dtype or "float64"))
     stored = [entries[j] for j in used]
     return Sum(
         name=leaf.name,
@@ -221,7 +228,7 @@ def _one(
         weights=chosen[:, used],
         shape=entry.shape,
         chunk=entry.chunk,
-        dtype=out,
+        dtype=want.cast or out,
         want=want,
         entry=entry,
     )
@@ -240,6 +247,27 @@ def _family(entry: LeafEntry) -> str:
     if jnp.issubdtype(dtype, jnp.complexfloating):
         return "complex array"
     return "array" if jnp.issubdtype(dtype, jnp.inexact) else "integer array"
+
+
+def _rank(dtype: Any) -> int:
+    """Boolean, integer, floating, complex: each holds what those before it hold, but for rounding."""
+    kinds = (np.bool_, jnp.integer, jnp.floating, jnp.complexfloating)
+    return next((rank for rank, kind in enumerate(kinds) if jnp.issubdtype(dtype, kind)), -1)
+
+
+def _lost(name: str, entry: LeafEntry, want: Want) -> str:
+    """A line about a leaf of ``like`` whose dtype cannot hold what an average is: imaginary parts, or fractions."""
+    wanted = want.cast or want.array_dtype
+    ranks = {"bool": 0, "int": 1, "float": 2, "complex": 3}
+    stored = _rank(dtype_of(entry.dtype)) if entry.stored else ranks.get(entry.kind, 0)
+    if wanted is None or _rank(wanted) >= stored:
+        return ""
+    what = ("", "its numbers", "its fractions", "its imaginary parts")[stored]
+    held = ("bool", "integer", "floating", "complex")[stored]
+    return (
+        f'"{name}": the sources have {describe_entry(entry)}, `like` wants {wanted.name}, and {what} would be lost: '
+        f'give `like` a {held} dtype, or choose the policy "first" or "last"'
+    )
 
 
 def _policy(policy: Any, name: str, entry: LeafEntry) -> str:

@@ -327,3 +327,50 @@ def test_an_average_is_saved_with_its_lineage(stored: list[str], tmp_path: Path)
     assert jc.restore(tmp_path / "1")["lr"] == 0.1
     with pytest.raises(jc.CheckpointError, match="{p}"):
         average_to(tmp_path / "one", stored, np.eye(K))
+
+
+COMPLEX = [{"c": np.array([1 + 2j, 3 + 4j], np.complex64), "w": np.ones(2, np.float32), "n": 1.6}] * 2
+
+
+@pytest.mark.parametrize("where", ["host", "device"])
+@pytest.mark.parametrize("weights", [None, [1, 0]])
+def test_a_real_dtype_leaves_complex_and_integer_leaves_as_they_are(where: Any, weights: Any) -> None:
+    trees = [{**tree, "i": np.arange(3)} for tree in COMPLEX]
+    found = average(trees, weights, dtype=ml_dtypes.bfloat16, where=where, policy={"i": "average"})
+    assert found["c"].dtype == np.complex64
+    assert found["c"].tolist() == [1 + 2j, 3 + 4j]
+    assert (found["w"].dtype, found["i"].dtype) == (ml_dtypes.bfloat16, np.int64)
+    assert average(trees, weights, dtype=np.complex128, where=where)["w"].dtype == np.float32
+    with pytest.raises(jc.CheckpointError, match="dtype is int32; it is that of floating results"):
+        average(trees, weights, dtype=np.int32, where=where)
+
+
+@pytest.mark.parametrize("where", ["host", "device"])
+@pytest.mark.parametrize("weights", [None, [1, 0], np.eye(2)])
+@pytest.mark.parametrize(
+    ("name", "dtype", "words"),
+    [
+        ("c", np.float32, r'"c": the sources have \(2,\) complex64, `like` wants float32, and its imaginary parts'),
+        ("w", np.int32, r'"w": the sources have \(2,\) float32, `like` wants int32, and its fractions'),
+        ("n", np.int32, r'"n": the sources have a Python float, `like` wants int32, and its fractions'),
+    ],
+)
+def test_what_like_cannot_hold_is_refused(where: Any, weights: Any, name: str, dtype: Any, words: str) -> None:
+    shape = np.shape(COMPLEX[0][name])
+    for leaf in (np.zeros(shape, dtype), jax.ShapeDtypeStruct(shape, dtype)):
+        with pytest.raises(jc.MismatchError, match=words):
+            average(COMPLEX, weights, like={name: leaf}, only=name, where=where)
+
+
+@pytest.mark.parametrize("where", ["host", "device"])
+def test_like_may_hold_more(where: Any) -> None:
+    like = {"w": np.zeros(2, np.complex64), "i": jax.ShapeDtypeStruct((3,), np.float32)}
+    trees = [{"w": np.full(2, k, np.float32), "i": np.arange(3) + k} for k in range(2)]
+    found = average(trees, like=like, policy={"i": "average"}, where=where)
+    assert found["w"].tolist() == [0.5 + 0j, 0.5 + 0j]
+    assert found["i"].tolist() == [0.5, 1.5, 2.5]
+
+
+def test_average_to_keeps_complex_leaves(tmp_path: Path) -> None:
+    average_to(tmp_path / "soup", COMPLEX, dtype=np.float16)
+    assert jc.restore(tmp_path / "soup")["c"].tolist() == [1 + 2j, 3 + 4j]

@@ -117,3 +117,13 @@ def test_a_barrier_is_nothing_to_oneself_and_high_between_two_basins() -> None:
     assert found.t[int(found.losses.argmax())] == 0.5
     with pytest.raises(jc.MismatchError, match='"x"'):
         barrier(one, {"x": jnp.ones(4)}, loss)
+
+
+def test_a_real_dtype_leaves_complex_leaves_as_they_are() -> None:
+    stacked = {"c": jnp.array([[1 + 2j], [3 + 4j]]), "w": jnp.ones((2, 3))}
+    found = combine(stacked, [0.5, 0.5], dtype=jnp.bfloat16)
+    assert (found["c"].dtype, found["w"].dtype) == (jnp.complex64, jnp.bfloat16)
+    assert found["c"].tolist() == [2 + 3j]
+    assert combine(stacked, [0.5, 0.5], dtype=jnp.complex64)["w"].dtype == jnp.float32
+    with pytest.raises(jc.CheckpointError, match="dtype is int32"):
+        combine(stacked, [0.5, 0.5], dtype=jnp.int32)
