@@ -1,6 +1,6 @@
 """What becomes of a lost stage's leaves in the optimizer's state: which are made afresh, and of what."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import jax
@@ -9,15 +9,13 @@ import numpy as np
 from jax.extend.core import Literal
 
 from jaxckpt.core.tree import PyTree, flatten
-from jaxckpt.recovery.plan import RecoveryPlan
+from jaxckpt.recovery.plan import RecoveryPlan, StageStep
 
 OPT_STATE = "opt_state"
 
 
 def fresh_leaves(state: PyTree, plan: RecoveryPlan, tx: Any) -> dict[str, Any]:
     """Leaves of the optimizer that ``init`` makes whatever the weights are, such as zero moments."""
-    if not renewed_stages(plan):
-        return {}
     params = state["params"] if isinstance(state, dict) else state.params
     program, shapes = jax.make_jaxpr(tx.init, return_shape=True)(params)
     made_by = {out: equation for equation in program.jaxpr.eqns for out in equation.outvars}
@@ -43,22 +41,21 @@ def fresh_leaves(state: PyTree, plan: RecoveryPlan, tx: Any) -> dict[str, Any]:
         constant, value = constants[leaf.name]
         if constant:
             made[f"{OPT_STATE}.{leaf.name}"] = leaf.value if value is None else np.asarray(value, leaf.value.dtype)
-    return taken(made, plan)
+    return made
 
 
-def taken(made: dict[str, Any], plan: RecoveryPlan) -> dict[str, Any]:
-    """Those of the fresh leaves that the policy takes."""
-    if plan.policy.optimizer != "nu_average":
-        return made
-    return {n: v for n, v in made.items() if "nu" not in n.split(".") and jnp.issubdtype(v.dtype, jnp.floating)}
-
-
-def renewed_stages(plan: RecoveryPlan) -> list[int]:
-    """Stages whose moments become fresh."""
-    if plan.policy.optimizer == "average":
-        return []
-    kept = plan.policy.optimizer == "keep"
-    return [s.stage for s in plan.steps if s.source != "replica" and not (kept and is_own(s.source))]
+def is_renewed(name: str, dtype: Any, step: StageStep, plan: RecoveryPlan, given: Collection[str]) -> bool:
+    """Whether this leaf of the optimizer becomes fresh for the stage; ``given``: leaves that the stage's copy has."""
+    mode = plan.policy.optimizer
+    if step.source == "replica":
+        return False
+    if is_own(step.source) and name not in given:
+        return True
+    if mode in ("average", "keep"):
+        return mode == "keep" and not is_own(step.source)
+    if mode == "nu_average":
+        return "nu" not in name.split(".") and bool(jnp.issubdtype(dtype, jnp.floating))
+    return True
 
 
 def is_own(source: str) -> bool:

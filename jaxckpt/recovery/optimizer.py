@@ -140,15 +140,14 @@ def scale_by_reset_age(layout: StageLayout, *, b1: float = 0.9, b2: float = 0.99
 
 def _scaled(updates: PyTree, scale: jax.Array, layout: StageLayout) -> PyTree:
     new = {}
-    for leaf in flatten(updates)[0]:
-        place = layout.placement(leaf.name)
-        value = leaf.value
+    for name, value in _named(updates):
+        place = layout.placement(name)
         if place.kind == "stacked":
             shape = [layout.stages if i == place.stage_axis else 1 for i in range(value.ndim)]
             value = (value * scale.reshape(shape)).astype(value.dtype)
         elif place.kind == "listed":
             value = (value * scale[place.block % layout.stages]).astype(value.dtype)
-        new[leaf.name] = value
+        new[name] = value
     return _joined(updates, new)
 
 
@@ -156,19 +155,24 @@ def _split(tree: PyTree, layout: StageLayout) -> tuple[dict[str, Any], dict[str,
     stacked: dict[str, Any] = {}
     listed: dict[str, dict[str, Any]] = {}
     outside: dict[str, Any] = {}
-    for leaf in flatten(tree)[0]:
-        place = layout.placement(leaf.name)
+    for name, value in _named(tree):
+        place = layout.placement(name)
         if place.kind == "stacked":
-            stacked[leaf.name] = leaf.value
+            stacked[name] = value
         elif place.kind == "listed":
-            listed.setdefault(str(place.block), {})[leaf.name] = leaf.value
+            listed.setdefault(str(place.block), {})[name] = value
         else:
-            outside[leaf.name] = leaf.value
+            outside[name] = value
     return stacked, listed, outside
 
 
+def _named(tree: PyTree) -> list[tuple[str, Any]]:
+    """Leaves by name. Flax NNX hands its optimizers variables at first and their values later: one name for both."""
+    return [(leaf.name.removesuffix(".value"), leaf.value) for leaf in flatten(tree)[0]]
+
+
 def _joined(like: PyTree, values: dict[str, Any]) -> PyTree:
-    names = iter([leaf.name for leaf in flatten(like)[0]])
+    names = iter([name for name, _ in _named(like)])
     return rebuild(like, lambda _, __: values[next(names)])
 
 

@@ -5,6 +5,7 @@ priors are those of CheckFree's own tables (arXiv 2506.15461; 20 to 85 steps per
 table 2) and give way to what is measured: ``observe``.
 """
 
+import operator
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -29,9 +30,10 @@ class RecoveryPolicy:
         power: 1 or 2, of the gradient norms. The paper prints the square, its code uses the norm.
         optimizer: what becomes of the lost stage's moments. "fresh": as ``init`` makes them. "average": like the
             weights. "nu_average": only the second. "rescale": zero, with a shared count, under
-            ``scale_by_reset_age``. "keep":
-            taken from the copy where the source has moments, else fresh.
-        lr_scale: factor on the lost stage's learning rate, where the optimizer has ``scale_by_stage_lr``.
+            ``scale_by_reset_age``. "keep": taken from the copy, else fresh. A source that has the stage's own weights
+            and not its moments makes them fresh in every mode.
+        lr_scale: factor on the lost stage's learning rate, where the optimizer has ``scale_by_stage_lr``; an exact
+            source (replica, same-step copy) leaves it.
         lr_compound: a second loss multiplies again (Algorithm 1, read literally) instead of setting the factor.
         zero: patterns of the leaves that "identity" zeroes, such as ``attention.out``.
         units: for "splice", patterns to the axis of units (heads, hidden), counted from the end (negative).
@@ -53,6 +55,10 @@ class RecoveryPolicy:
             )
         if self.method == "identity" and not self.zero:
             raise InvalidArgumentError('method="identity" needs zero=(...): which leaves add to the residual stream.')
+        if self.method == "splice" and not self.units:
+            raise InvalidArgumentError('method="splice" needs units=((pattern, axis), ...): what is taken by halves.')
+        object.__setattr__(self, "zero", tuple(self.zero))
+        object.__setattr__(self, "units", tuple(tuple(unit) for unit in self.units))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,6 +81,12 @@ class Available:
     snapshot_age: int | None = None
     checkpoint_age: int | None = None
     checkpoint_path: str = ""
+
+    def __post_init__(self) -> None:
+        ages = {f"copies[{stage}]": age for stage, age in self.copies.items()}
+        ages |= {"snapshot_age": self.snapshot_age or 0, "checkpoint_age": self.checkpoint_age or 0}
+        if wrong := [f"{name} is {age}" for name, age in ages.items() if age < 0]:
+            raise InvalidArgumentError(f"Ages are steps since then, 0 or more: {', '.join(wrong)}.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -163,7 +175,8 @@ def plan_recovery(
         ('average', (1, 3))
     """
     available, cost, policy = available or Available(), cost or CostModel(), policy or RecoveryPolicy()
-    gone = tuple(sorted({lost} if isinstance(lost, int) else set(lost)))
+    several = lost if isinstance(lost, Iterable) else (lost,)
+    gone = tuple(sorted({operator.index(stage) for stage in several}))
     if not gone or gone[0] < 0 or gone[-1] >= layout.stages:
         raise InvalidArgumentError(f"lost={gone}: stages are 0 to {layout.stages - 1}, and at least one is lost.")
     if source is not None and source not in SOURCES:

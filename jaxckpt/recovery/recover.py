@@ -6,7 +6,7 @@ zero: the lost rows may be NaN.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
@@ -18,9 +18,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxckpt.core.errors import InvalidArgumentError
 from jaxckpt.core.events import Recovered, emit
 from jaxckpt.core.tree import PyTree, flatten, rebuild
+from jaxckpt.recovery.copies import NeighbourCopies
+from jaxckpt.recovery.given import beside, check_given, is_setting, renewed_leaves
 from jaxckpt.recovery.layout import StageLayout, check_congruent
-from jaxckpt.recovery.moments import OPT_STATE, fresh_leaves, is_own, renewed_stages, taken
-from jaxckpt.recovery.plan import RecoveryPlan
+from jaxckpt.recovery.moments import OPT_STATE, fresh_leaves, is_renewed
+from jaxckpt.recovery.plan import RecoveryPlan, StageStep
 from jaxckpt.recovery.rows import Row, recovered_listed, recovered_stacked, refilled
 
 
@@ -100,8 +102,9 @@ def _program(
         raise InvalidArgumentError(f"The plan is a rollback ({plan.why}): restore the state instead.")
     leaves, _ = flatten(state)
     layout = plan.layout
-    check_congruent(leaves, layout)
-    _check(plan, leaves, norms, copies, tx, init)
+    if any(step.source in ("average", "edge_copy") for step in plan.steps):
+        check_congruent(leaves, layout)
+    copies = copies.values if isinstance(copies, NeighbourCopies) else copies
     values = {leaf.name: leaf.value for leaf in leaves}
     given = {leaf.name: leaf.value for leaf in flatten(copies)[0]} if copies is not None else {}
     # Copies may be of the weights alone: ``params`` need not be spelt out.
@@ -109,8 +112,14 @@ def _program(
     if unknown := [name for name, full in renamed.items() if full not in values]:
         raise InvalidArgumentError(f'Leaf "{unknown[0]}" of copies has no counterpart in the state.')
     given = {renamed[name]: value for name, value in given.items()}
+    check_given(plan, leaves, norms, given if copies is not None else None, tx, init)
     staged = [s for n, s in ((x.name, getattr(x.value, "sharding", None)) for x in leaves) if _is_stacked(n, layout)]
     on_mesh = any(_on(sharding, mesh) for sharding in staged)
+    if fill_replicated and not (on_mesh and layout.axis in mesh.shape):
+        raise InvalidArgumentError(
+            f"fill_replicated=True fills along the axis {layout.axis!r} of the mesh, and no stage of the state is "
+            "sharded over it: copy the leaves outside the pipeline yourself (jax.device_put)."
+        )
     program = _compiled(
         replace(plan, options=(), why="", seconds=0.0),
         mesh if on_mesh else None,
@@ -142,12 +151,12 @@ def _compiled(
         with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
             inner = flatten(state)[0]  # jit has sorted the keys of dictionaries
             flat = {leaf.name: leaf.value for leaf in inner}
-            fresh = fresh_leaves(state, plan, tx) if tx is not None else {}
+            fresh = fresh_leaves(state, plan, tx) if renewed_leaves(inner, plan, given) and tx is not None else {}
             rows = _rows(flat, plan, norms, given, mesh, dict(specs), norm_spec, fill_replicated, fresh)
             names = iter([leaf.name for leaf in inner])
             state = rebuild(state, lambda _, __: rows[next(names)])
             state = _with_init(state, plan, init)
-            return _with_optimizer(state, plan, tx)
+            return _with_optimizer(state, plan, tx, given)
 
     out = {"out_shardings": jax.tree.unflatten(structure, shardings)} if mesh is not None else {}
     return jax.jit(run, donate_argnums=0, **out)
@@ -166,18 +175,20 @@ def _rows(
 ) -> dict[str, Any]:
     layout = plan.layout
     stacked = {n: v for n, v in flat.items() if _is_stacked(n, layout)}
-    shared = {n: v for n, v in flat.items() if layout.placement(n).kind == "outside" or _is_setting(n)}
+    shared = {n: v for n, v in flat.items() if layout.placement(n).kind == "outside" or is_setting(n)}
     listed = {n: v for n, v in flat.items() if layout.placement(n).kind == "listed"}
     given_stacked = {n: v for n, v in given.items() if n in stacked}
 
-    renewed = renewed_stages(plan)
+    def renewed(n: str, v: Any, step: StageStep) -> bool:
+        return is_renewed(n, v.dtype, step, plan, given)
+
     # One number for all elements is written where it belongs; rows of several would first lie on every device.
     numbers = {n: v for n, v in fresh.items() if n in stacked and not isinstance(v, jax.Array)}
     fresh_rows = {
         step.stage: {
             n: jax.lax.index_in_dim(v, step.stage, layout.placement(n).stage_axis, keepdims=False)
             for n, v in fresh.items()
-            if n in stacked and n not in numbers and step.stage in renewed
+            if n in stacked and n not in numbers and renewed(n, v, step)
         }
         for step in plan.steps
     }
@@ -188,7 +199,7 @@ def _rows(
         for step in plan.steps:
             row = Row(
                 plan=plan, step=step, mesh=mesh, specs=specs, norms=norms, norm_spec=norm_spec,
-                fresh=fresh_rows[step.stage] | (numbers if step.stage in renewed else {}),
+                fresh=fresh_rows[step.stage] | {n: v for n, v in numbers.items() if renewed(n, v, step)},
             )  # fmt: skip
             stacked = {n: recovered_stacked(n, v, given.get(n), row) for n, v in stacked.items()}
             shared = {n: refilled(n, v, row) for n, v in shared.items()}
@@ -231,16 +242,19 @@ def _with_init(state: PyTree, plan: RecoveryPlan, init: Callable[[], PyTree] | N
     return _replace(state, fresh, plan.layout, stages)
 
 
-def _with_optimizer(state: PyTree, plan: RecoveryPlan, tx: Any) -> PyTree:
+def _with_optimizer(state: PyTree, plan: RecoveryPlan, tx: Any, given: Collection[str]) -> PyTree:
     """Leaves of the optimizer that ``init`` makes of the weights, and those of listed stages."""
-    stages = renewed_stages(plan)
-    if tx is not None and stages:
+    inner = flatten(state)[0]
+    if tx is not None and renewed_leaves(inner, plan, given):
         constant = fresh_leaves(state, plan, tx)
         params = state["params"] if isinstance(state, dict) else state.params
         made = {f"{OPT_STATE}.{leaf.name}": leaf.value for leaf in flatten(tx.init(params))[0]}
         done = {n for n in constant if _is_stacked(n, plan.layout)}
-        state = _replace(state, {n: v for n, v in taken(made, plan).items() if n not in done}, plan.layout, stages)
-    return _with_settings(state, plan)
+        for step in plan.steps:
+            fresh = {n: v for n, v in made.items() if n not in done and is_renewed(n, v.dtype, step, plan, given)}
+            state = _replace(state, fresh, plan.layout, [step.stage])
+    again = [step for step in plan.steps if renewed_leaves(inner, plan, given, [step])]
+    return _with_settings(state, plan, again)
 
 
 def _without(spec: PartitionSpec, axis: int) -> PartitionSpec:
@@ -255,7 +269,7 @@ def _replace(state: PyTree, fresh: dict[str, Any], layout: StageLayout, stages: 
     def one(_: Any, old: Any) -> Any:
         name = next(names)
         place = layout.placement(name)
-        if name not in fresh or _is_setting(name) or place.kind == "outside":
+        if name not in fresh or is_setting(name) or place.kind == "outside":
             return old
         if place.kind == "listed":
             return fresh[name].astype(old.dtype) if place.block % layout.stages in stages else old
@@ -268,72 +282,41 @@ def _replace(state: PyTree, fresh: dict[str, Any], layout: StageLayout, stages: 
     return rebuild(state, one)
 
 
-def _with_settings(state: PyTree, plan: RecoveryPlan) -> PyTree:
-    """The learning rate's factor and the age since recovery, small arrays that every stage has."""
+def _with_settings(state: PyTree, plan: RecoveryPlan, renewed: Sequence[StageStep]) -> PyTree:
+    """The learning rate's factor, where weights are no longer exact, and the age of moments that became fresh."""
     leaves, _ = flatten(state)
-    names = iter([leaf.name for leaf in leaves])
+    inner = iter(leaves)
+
+    def of(steps: Sequence[StageStep]) -> jax.Array:
+        mask = jnp.zeros(plan.layout.stages, bool)
+        for step in steps:
+            mask |= jnp.arange(plan.layout.stages) == step.stage
+        return mask
+
+    changed = [step for step in plan.steps if step.source not in ("replica", "same_step_copy")]
 
     def one(_: Any, old: Any) -> Any:
-        name = next(names).split(".")
-        mask = jnp.zeros(plan.layout.stages, bool)
-        for step in plan.steps:
-            mask |= jnp.arange(plan.layout.stages) == step.stage
+        leaf = next(inner)
+        name = leaf.name.split(".")
         if "stage_lr_scale" in name:
             base = jnp.where(jnp.isfinite(old), old, 1.0) if plan.policy.lr_compound else jnp.ones_like(old)
-            return jnp.where(mask, base * plan.policy.lr_scale, old)
+            return jnp.where(of(changed), base * plan.policy.lr_scale, old)
         if "stage_age" in name:
-            return jnp.where(mask, 0, old)
+            # Beside the factor it is the age of that, elsewhere of the moments.
+            return jnp.where(of(changed if "stage_lr_scale" in beside(leaf, leaves) else renewed), 0, old)
         return old
 
     return rebuild(state, one)
 
 
 def _is_stacked(name: str, layout: StageLayout) -> bool:
-    return layout.placement(name).kind == "stacked" and not _is_setting(name)
+    return layout.placement(name).kind == "stacked" and not is_setting(name)
 
 
 def _on(sharding: Any, mesh: Mesh) -> bool:
     return isinstance(sharding, NamedSharding) and sharding.mesh == mesh
 
 
-def _is_setting(name: str) -> bool:
-    return bool({"stage_lr_scale", "stage_age"} & set(name.split(".")))
-
-
 def _spec(value: Any) -> PartitionSpec:
     sharding = getattr(value, "sharding", None)
     return sharding.spec if isinstance(sharding, NamedSharding) else PartitionSpec()
-
-
-def _check(plan: RecoveryPlan, leaves: list[Any], norms: Any, copies: Any, tx: Any, init: Any) -> None:
-    layout, policy = plan.layout, plan.policy
-    sources = {s.source for s in plan.steps}
-    shapes = ((layout.stages,), (layout.repeats, layout.stages))
-    if "average" in sources and policy.method == "weighted" and (norms is None or tuple(norms.shape) not in shapes):
-        have = None if norms is None else tuple(norms.shape)
-        raise InvalidArgumentError(f'method="weighted" needs norms of shape {shapes[0]} or {shapes[1]}; got {have}.')
-    if any(map(is_own, sources)) and copies is None:
-        raise InvalidArgumentError(f"The plan takes stages from {sorted(sources)}: pass copies=.")
-    if "average" in sources and policy.method == "random" and init is None:
-        raise InvalidArgumentError('method="random" needs init=: a function that makes fresh weights.')
-    optimizer = [leaf for leaf in leaves if OPT_STATE in leaf.name.split(".")]
-    staged = [
-        leaf for leaf in optimizer if layout.placement(leaf.name).kind != "outside" and not _is_setting(leaf.name)
-    ]
-    if staged and tx is None and policy.optimizer != "average" and sources - {"replica"}:
-        raise InvalidArgumentError(
-            f'optimizer="{policy.optimizer}" makes moments as the optimizer does: pass tx= (leaf "{staged[0].name}").'
-        )
-    if policy.optimizer not in ("fresh", "keep") or not sources - {"replica"}:
-        return
-    # Zero moments under a count that is shared and large: the first Adam updates are up to six times too large.
-    parents = {leaf.path[:-1]: leaf.name for leaf in optimizer if leaf.path[-1] == "count" and not leaf.value.shape}
-    for leaf in staged:
-        for parent, count in parents.items():
-            place = layout.placement(count)
-            if place.kind == "outside" and leaf.path[: len(parent)] == parent:
-                raise InvalidArgumentError(
-                    f'"{count}" is one count for all stages, so fresh moments of "{leaf.name}" would make the first '
-                    'updates up to 6 times too large. Use stage_optimizer(tx, layout), or optimizer="average", '
-                    '"nu_average", or "rescale" under scale_by_reset_age.'
-                )

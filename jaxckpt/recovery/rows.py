@@ -89,7 +89,12 @@ def recovered_listed(leaves: dict[str, Any], given: dict[str, Any], row: Row) ->
             if name in given:
                 new[name] = given[name].astype(leaves[name].dtype)
             continue
-        if row.step.source == "replica" or (row.plan.policy.method == "random" and row.step.source == "average"):
+        if row.step.source == "replica":
+            raise InvalidArgumentError(
+                f'Leaf "{name}" is of one stage in a list or dict, and has no row of a replica to be filled: give the '
+                "replica's leaves as copies=, with Available(copies={stage: 0})."
+            )
+        if row.plan.policy.method == "random" and row.step.source == "average":
             continue
         if row.step.source == "edge_copy":
             partner = row.step.neighbours[0]
@@ -237,12 +242,9 @@ def _in_parts(value: jax.Array, fill: Callable[[jax.Array, Cut | None], jax.Arra
     if parts < 2 or along == axis:
         return fill(value, None)
     size = -(-value.shape[along] // parts)
-
-    def one(i: jax.Array, value: jax.Array) -> jax.Array:
-        # The last part may overlap the one before: what is written twice is the same.
-        return fill(value, Cut(along, jnp.minimum(i * size, value.shape[along] - size), size))
-
-    return jax.lax.fori_loop(0, parts, one, value)
+    whole, rest = divmod(value.shape[along], size)
+    value = jax.lax.fori_loop(0, whole, lambda i, value: fill(value, Cut(along, i * size, size)), value)
+    return fill(value, Cut(along, whole * size, rest)) if rest else value
 
 
 def _local(x: jax.Array, stage: int, axis: int, spec: PartitionSpec, row: Row, cut: Cut | None = None) -> jax.Array:
