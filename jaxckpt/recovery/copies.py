@@ -1,8 +1,8 @@
 """Copies of each stage on the next one, refreshed inside the training step every few steps.
 
 Beyond the CheckFree paper: a lost stage returns from a copy a few steps old while the others go on, with no rollback.
-The same mechanism with ``every=1`` keeps the embedding and the head of CheckFree+ (arXiv 2506.15461, section 4.3)
-exact, where those are leaves with a stage axis.
+The embedding and the head, which CheckFree+ (arXiv 2506.15461, section 4.3) copies as well, are best replicated over
+the stage axis: ``recover_stage(..., fill_replicated=True)`` fills them.
 """
 
 from typing import NamedTuple
@@ -17,14 +17,30 @@ from jaxckpt.recovery.layout import StageLayout
 
 
 class NeighbourCopies(NamedTuple):
-    """``values`` is like the tree it was made of: the row of stage s + 1 (of stage 0: the last) is stage s's."""
+    """``values`` is like the tree it was made of, with None for leaves outside the pipeline.
+
+    Of stacked leaves the row of stage s + 1 (of stage 0: the last) is stage s's. Leaves of per-stage lists have their
+    copy under their own name, on the same devices: a list gives no axis along which it could move.
+    """
 
     values: PyTree
     taken: jax.Array  # int32 (): the step at which the copy was taken
 
 
 def init_copies(tree: PyTree, layout: StageLayout, mesh: Mesh, *, step: int = 0) -> NeighbourCopies:
-    """Copies of the stacked leaves of ``tree`` (weights, or moments too). Costs their size once more in memory."""
+    """Copies of the stages' leaves in ``tree``: weights, or a whole state to keep moments too.
+
+    Leaves outside the pipeline are left out. Costs the size of what is copied once more in memory.
+
+    Raises:
+        InvalidArgumentError: no leaf belongs to a stage.
+
+    Example:
+        >>> mesh = jax.make_mesh((1,), ("stage",), axis_types=(jax.sharding.AxisType.Auto,))
+        >>> copies = init_copies({"stages": jnp.arange(4.0), "head": jnp.ones(2)}, StageLayout(stages=4), mesh)
+        >>> copies.values["stages"].tolist(), copies.values["head"]
+        ([3.0, 0.0, 1.0, 2.0], None)
+    """
     return jax.jit(lambda t: NeighbourCopies(_shifted(t, layout, mesh), jnp.asarray(step, jnp.int32)))(tree)
 
 
@@ -33,10 +49,18 @@ def refresh_copies(
 ) -> NeighbourCopies:
     """In the training step: take the copy anew where ``step`` is a multiple of ``every``, else keep it.
 
-    Pass what the step ends with, the new weights, and the number of updates that they had. With the old ones, which the
-    update overwrites, XLA copies all of them in every step, whether a copy is taken or not.
+    Pass what the step ends with, the new weights (or the new state, where ``init_copies`` had one), and the number of
+    updates that they had. With the old ones, which the update overwrites, XLA copies all of them in every step, whether
+    a copy is taken or not.
     After a recovery call it with ``every=1``: the lost stage also held its neighbour's copy.
     """
+    kept, now = {leaf.name for leaf in flatten(copies.values)[0]}, set(_staged(tree, layout))
+    if kept != now:
+        name = min(kept ^ now)
+        raise InvalidArgumentError(
+            f'Leaf "{name}" is in the {"copies" if name in kept else "tree"} alone: give refresh_copies the same '
+            "leaves as init_copies."
+        )
     step = jnp.asarray(step, jnp.int32)
     return jax.lax.cond(
         step % every == 0,
@@ -46,18 +70,32 @@ def refresh_copies(
 
 
 def copy_ages(copies: NeighbourCopies, step: int, layout: StageLayout) -> dict[int, int]:
-    """For ``Available.copies``: the age of every stage's copy. Reads one number from the device."""
+    """For ``Available.copies``: the age of the copy of every stage that has one. Reads one number from the device."""
     age = step - int(copies.taken)
-    return dict.fromkeys(range(layout.stages), age)
+    places = [layout.placement(leaf.name) for leaf in flatten(copies.values)[0]]
+    listed = {place.block % layout.stages for place in places if place.kind == "listed"}
+    return dict.fromkeys(sorted(listed) or range(layout.stages), age)
 
 
 def _shifted(tree: PyTree, layout: StageLayout, mesh: Mesh) -> PyTree:
-    leaves, _ = flatten(tree)
-    for leaf in leaves:
-        if layout.placement(leaf.name).kind != "stacked":
-            raise InvalidArgumentError(f'Leaf "{leaf.name}" has no stage axis: give the stacked leaves only.')
-    names = iter([leaf.name for leaf in leaves])
-    return rebuild(tree, lambda _, value: _shift(value, layout.placement(next(names)).stage_axis, layout, mesh))
+    if not _staged(tree, layout):
+        raise InvalidArgumentError(
+            f"No leaf belongs to a stage; leaves are {[leaf.name for leaf in flatten(tree)[0]][:5]}. "
+            f"Give the stages' weights or the whole state, or correct the layout's rules: {layout.rules}."
+        )
+    names = iter([leaf.name for leaf in flatten(tree)[0]])
+
+    def one(_: object, value: jax.Array) -> jax.Array | None:
+        place = layout.placement(next(names))
+        if place.kind == "stacked":
+            return _shift(value, place.stage_axis, layout, mesh)
+        return jnp.copy(value) if place.kind == "listed" else None
+
+    return rebuild(tree, one)
+
+
+def _staged(tree: PyTree, layout: StageLayout) -> list[str]:
+    return [leaf.name for leaf in flatten(tree)[0] if layout.placement(leaf.name).kind != "outside"]
 
 
 def _shift(value: jax.Array, axis: int, layout: StageLayout, mesh: Mesh) -> jax.Array:

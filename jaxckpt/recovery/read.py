@@ -1,5 +1,6 @@
 """A lost stage's own weights from a checkpoint: only the chunks that hold them are read."""
 
+import operator
 import time
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ from jaxckpt.checkpoint.place import want_like
 from jaxckpt.checkpoint.source import open_source
 from jaxckpt.core.box import Box, from_index, intersect, whole
 from jaxckpt.core.dtypes import dtype_of, mover
+from jaxckpt.core.errors import InvalidArgumentError
 from jaxckpt.core.events import Restored, emit
 from jaxckpt.core.tree import NamedLeaf, PyTree, flatten
 from jaxckpt.plan.shards import device_boxes
@@ -46,6 +48,7 @@ def read_stage(
         Nested dicts with the names of ``like``. Stacked leaves have their whole shape; rows of other stages are zero.
 
     Raises:
+        InvalidArgumentError: a lost stage that the layout does not have.
         NotFoundError, NotCommittedError, CorruptionError: as ``restore``.
         MismatchError: leaves that the checkpoint lacks, or has with another shape or dtype.
 
@@ -57,7 +60,13 @@ def read_stage(
         [0.0, 0.0, 2.0, 0.0]
     """
     began = time.perf_counter()
-    gone = (lost,) if isinstance(lost, int) else tuple(lost)
+    several = lost if isinstance(lost, Iterable) else (lost,)
+    gone = tuple(sorted({operator.index(stage) for stage in several}))
+    if not gone or gone[0] < 0 or gone[-1] >= layout.stages:
+        raise InvalidArgumentError(
+            f"lost={gone}: the layout has stages={layout.stages}, so they are 0 to {layout.stages - 1}. "
+            "Give one or more of these, or correct the layout."
+        )
     source = open_source(open_store(path, options))
     places, differences = Places(source.structure), Differences()
     jobs: list[_Job] = []
