@@ -29,7 +29,7 @@ from jaxckpt.lcsc.run import GRADIENT_COST, Clock, Run, warm_keys
 from jaxckpt.lcsc.selection import concerns, select
 from jaxckpt.lcsc.space import Kind, Space, profiles
 from jaxckpt.lcsc.state import Saver, State, read
-from jaxckpt.lcsc.strategies import check_name, make_strategy
+from jaxckpt.lcsc.strategies import canonical, make_strategy
 from jaxckpt.storage.url import Location, StorageOptions
 
 PyTree = Any
@@ -83,7 +83,7 @@ def search(
         checkpoints: K paths or trees, oldest first, as of ``average``; or the folder of a run, for all its steps.
         objective: ``(params, key) -> scalar``, smaller is better; all randomness from ``key``.
         like: the parameters, as of ``average``: a tree with shapes, dtypes and shardings.
-        strategy: a name of ``lcsc.names()``.
+        strategy: a name of ``lcsc.names()``; ``"CMA-ES"``, ``"DE"`` and other usual spellings are understood.
         options: of the strategy: fields of ``evolution.Evolution``, ``strategies.Gradient`` or evosax' parameters.
         space: ``"sum_to_one"`` (signed), ``"simplex"`` or ``"free"``.
         groups: globs of leaf names, each with coefficients of its own.
@@ -145,8 +145,8 @@ def search(
     places = located(checkpoints, storage)
     shape = Space(kind=space, count=len(places), groups=tuple(groups), scale=scale, bounds=bounds)
     root, seed = _root(key)
-    check_name(strategy)
-    uses_gradient = strategy.lower() == "gradient"
+    strategy = canonical(strategy)
+    uses_gradient = strategy == "gradient"
     first = _limited(profiles(shape.count, decays), shape)
     # Not in the simplex: from a corner, where logarithms are steep, a search does not get away.
     single = np.eye(shape.count)[_spaced(shape.count, 0 if space == "simplex" else SINGLES)]

@@ -11,6 +11,7 @@ import numpy as np
 
 import jaxckpt.lcsc.evolution as evolution
 from jaxckpt.core.errors import InvalidArgumentError
+from jaxckpt.core.text import nearest
 from jaxckpt.lcsc.evosax_link import make_evosax
 
 PyTree = Any
@@ -26,6 +27,20 @@ _POPULATIONS = "DifferentialEvolution DiffusionEvolution GESMR_GA LGA MR15_GA PS
 DISTRIBUTIONS = {name.lower(): name for name in _DISTRIBUTIONS.split()}
 POPULATIONS = {name.lower(): name for name in _POPULATIONS.split()}
 BUILT_IN = ("evolution", "random", "gradient")
+# What else they are called, beside their names in any case and with or without "-", "_" and spaces.
+ALIASES = {
+    "lcsc": "evolution",
+    "randomsearch": "random",
+    "adam": "gradient",
+    "de": "differentialevolution",
+    "ga": "simplega",
+    "geneticalgorithm": "simplega",
+    "cma": "cma_es",
+    "openaies": "open_es",
+    "particleswarm": "pso",
+    "particleswarmoptimization": "pso",
+    "sa": "simulatedannealing",
+}
 
 
 class Strategy(Protocol):
@@ -70,10 +85,10 @@ class Strategy(Protocol):
 
 
 def make_strategy(name: str, *, population: int, size: int, options: Mapping[str, Any]) -> Strategy:
-    """A strategy by name, in any case.
+    """A strategy by name.
 
     Args:
-        name: ``"cma_es"`` and every name in ``names()``.
+        name: one of ``names()``, or what ``canonical`` takes for it.
         population: candidates in a generation.
         size: numbers in a search vector.
         options: hyper-parameters: fields of ``Evolution`` or ``Gradient``, or of evosax' parameters (``std_init``...).
@@ -81,29 +96,46 @@ def make_strategy(name: str, *, population: int, size: int, options: Mapping[str
     Raises:
         InvalidArgumentError: no such strategy or option; lists those there are.
     """
-    given = name.lower()
-    if given in ("evolution", "lcsc"):
+    given = canonical(name)
+    if given == "evolution":
         return EvolutionStrategy(population, size, _record(evolution.Evolution, options))
     if given == "random":
         return RandomStrategy(population, size)
     if given == "gradient":
         return _record(Gradient, options)
-    check_name(name)
     algorithm = {**DISTRIBUTIONS, **POPULATIONS}[given]
     return make_evosax(algorithm, given in DISTRIBUTIONS, population, size, tuple(sorted(options.items())))
 
 
-def check_name(name: str) -> None:
-    """Raise an InvalidArgumentError unless there is such a strategy, and what it needs is installed."""
-    given = name.lower()
-    if given in (*BUILT_IN, "lcsc"):
-        return
-    if given not in DISTRIBUTIONS and given not in POPULATIONS:
-        raise InvalidArgumentError(f"strategy is {name!r}; there are: {', '.join(names())}.")
-    if importlib.util.find_spec("evosax") is None:
+def canonical(name: str) -> str:
+    """The name in ``names()`` of a strategy: case, "-", "_" and spaces do not count, and ``ALIASES`` are known.
+
+    Raises:
+        InvalidArgumentError: there is no such strategy, or it needs evosax, which is not installed.
+
+    Example:
+        >>> canonical("CMA-ES"), canonical("DE"), canonical("Random Search")
+        ('cma_es', 'differentialevolution', 'random')
+    """
+    known = {_bare(one): one for one in names()}
+    bare = _bare(name) if isinstance(name, str) else ""
+    found = known.get(bare) or ALIASES.get(bare)
+    if found is None:
+        near = nearest(bare, [*known, *ALIASES], cutoff=0.6)  # short names differ by much
+        near = known.get(near or "") or ALIASES.get(near or "")
+        raise InvalidArgumentError(
+            f"strategy is {name!r}; " + (f"the nearest is {near!r}, and " if near else "") + f"there are: "
+            f"{', '.join(names())}."
+        )
+    if found not in BUILT_IN and importlib.util.find_spec("evosax") is None:
         raise InvalidArgumentError(
             f'strategy {name!r} needs evosax: pip install "jaxckpt[search]"; "evolution" needs nothing.'
         )
+    return found
+
+
+def _bare(name: str) -> str:
+    return "".join(one for one in name.lower() if one not in "-_ ")
 
 
 def names() -> list[str]:

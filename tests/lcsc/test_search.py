@@ -19,9 +19,28 @@ from jaxckpt.checkpoint.save import save
 from jaxckpt.core.errors import InvalidArgumentError, MismatchError
 from jaxckpt.lcsc.search import search
 from jaxckpt.lcsc.space import Space
-from jaxckpt.lcsc.strategies import names
+from jaxckpt.lcsc.strategies import ALIASES, _bare, canonical, names
 
 K = 6
+
+
+ALSO = {  # what strategies are called elsewhere
+    "CMA-ES": "cma_es",
+    "CMAES": "cma_es",
+    "DE": "differentialevolution",
+    "Differential Evolution": "differentialevolution",
+    "GA": "simplega",
+    "SimpleGA": "simplega",
+    "Open-ES": "open_es",
+    "OpenAI-ES": "open_es",
+    "particle_swarm": "pso",
+    "PSO": "pso",
+    "Sep-CMA-ES": "sep_cma_es",
+    "random search": "random",
+    "RandomSearch": "random",
+    "LCSC": "evolution",
+    "Gradient": "gradient",
+}
 
 
 def _trees() -> list[Any]:
@@ -75,6 +94,33 @@ def test_other_strategies_are_no_worse_than_the_best_profile(strategy: str) -> N
 def test_every_named_strategy_runs(strategy: str) -> None:
     report = search(TREES, loss, strategy=strategy, budget=15 + 3 * 8, population=8).report
     assert np.isfinite(report.fitness).all()
+
+
+@pytest.mark.parametrize("name", ALSO)
+def test_strategies_are_known_by_their_usual_names(name: str) -> None:
+    assert canonical(name) == ALSO[name]
+
+
+def test_no_two_strategies_share_a_name() -> None:
+    assert [canonical(name) for name in names()] == names()
+    assert {_bare(name) for name in names()}.isdisjoint(ALIASES)
+    assert set(ALIASES.values()) <= set(names())
+    assert [_bare(alias) for alias in ALIASES] == list(ALIASES)
+
+
+def test_a_strategy_is_recorded_by_its_own_name(tmp_path: Path) -> None:
+    how: dict[str, Any] = {"budget": 31, "state": str(tmp_path / "s")}
+    assert search(TREES, loss, strategy="random search", **how).report.settings["strategy"] == "random"
+    search(TREES, loss, strategy="random", **how)  # the same search
+
+
+NEAR = [("CMAS-ES", "cma_es"), ("evolutoin", "evolution"), ("simple ge", "simplega")]
+
+
+@pytest.mark.parametrize(("name", "near"), NEAR)
+def test_an_unknown_strategy_is_told_the_nearest(name: str, near: str) -> None:
+    with pytest.raises(InvalidArgumentError, match=f"is '{name}'; the nearest is '{near}', and there are: ars"):
+        canonical(name)
 
 
 def test_the_search_begins_at_the_best_checkpoints_where_training_went_astray() -> None:
@@ -208,6 +254,8 @@ def test_an_objective_that_is_never_finite_is_an_error() -> None:
 def test_wrong_arguments_are_named() -> None:
     with pytest.raises(InvalidArgumentError, match="cma_es"):
         search(TREES, loss, strategy="nope")
+    with pytest.raises(InvalidArgumentError, match="strategy is None; there are: ars"):
+        search(TREES, loss, strategy=None)  # pyright: ignore[reportArgumentType]
     with pytest.raises(InvalidArgumentError, match="budget is 10"):
         search(TREES, loss, budget=10)
     with pytest.raises(MismatchError, match="No group"):
