@@ -4,6 +4,7 @@ Liu et al., "Linear Combination of Saved Checkpoints Makes Consistency and Diffu
 """
 
 import json
+import math
 import operator
 import time
 from collections.abc import Mapping, Sequence
@@ -45,7 +46,7 @@ def search(
     strategy: str = "cma_es",
     options: Mapping[str, Any] | None = None,
     space: Kind = "sum_to_one",
-    groups: Sequence[str] = ("*",),
+    groups: Sequence[str] | str = ("*",),
     scale: float | None = None,
     bounds: tuple[float, float] | None = None,
     l1_penalty: float | None = None,
@@ -84,14 +85,15 @@ def search(
         objective: ``(params, key) -> scalar``, smaller is better; all randomness from ``key``.
         like: the parameters, as of ``average``: a tree with shapes, dtypes and shardings.
         strategy: a name of ``lcsc.names()``; ``"CMA-ES"``, ``"DE"`` and other usual spellings are understood.
-        options: of the strategy: fields of ``evolution.Evolution``, ``strategies.Gradient`` or evosax' parameters.
+        options: of the strategy: fields of ``evolution.Evolution``, ``strategies.Gradient`` or evosax' parameters;
+            "random" has none.
         space: ``"sum_to_one"`` (signed), ``"simplex"`` or ``"free"``.
-        groups: globs of leaf names, each with coefficients of its own.
+        groups: globs of leaf names, each with coefficients of its own; a string is one glob.
         scale: what a step of one changes in a coefficient; None: ``0.03 * 40 / K``.
         bounds: lowest and highest coefficient.
         l1_penalty: what a sum of magnitudes of one above one costs, in units of the objective; None: a tenth of the
             best score before the search, so that it fits more than its metric. A likelihood can go without: 0.
-        negative_penalty: what a negative mass of one costs.
+        negative_penalty: what a negative mass of one costs; 0 or more.
         budget: evaluations of single models, those before the search included: profiles, at most 64 checkpoints
             alone, and at most four soups; a gradient counts as three.
         population: candidates in a generation.
@@ -142,8 +144,14 @@ def search(
             f'noise is {noise!r} ("fresh" or "fixed"), finalists {finalists} (>= 0), draws {draws} (>= 1), '
             f"decays {list(decays)} (one at least)."
         )
+    for name, penalty in (("l1_penalty", l1_penalty), ("negative_penalty", negative_penalty)):
+        if penalty is not None and not 0 <= penalty < math.inf:
+            raise InvalidArgumentError(f"{name} is {penalty}; give a finite number, 0 for none or more.")
+    if options is not None and not isinstance(options, Mapping):
+        raise InvalidArgumentError(f'options is {options!r}; give a dict, such as {{"std_init": 0.5}}.')
+    groups = (groups,) if isinstance(groups, str) else tuple(groups)
     places = located(checkpoints, storage)
-    shape = Space(kind=space, count=len(places), groups=tuple(groups), scale=scale, bounds=bounds)
+    shape = Space(kind=space, count=len(places), groups=groups, scale=scale, bounds=bounds)
     root, seed = _root(key)
     strategy = canonical(strategy)
     uses_gradient = strategy == "gradient"
@@ -249,7 +257,7 @@ def search(
         chosen=chosen.name,
         fitness=now.fitness,
         path=now.path,
-        groups=tuple(groups),
+        groups=groups,
         evaluations=len(now.profiles) + run.generations * run.cost,
         seconds=time.perf_counter() - began,
         objective_seconds=run.clock.seconds,

@@ -100,6 +100,8 @@ def make_strategy(name: str, *, population: int, size: int, options: Mapping[str
     if given == "evolution":
         return EvolutionStrategy(population, size, _record(evolution.Evolution, options))
     if given == "random":
+        if options:
+            raise InvalidArgumentError(f'options are {dict(options)}, and strategy "random" has none; leave them out.')
         return RandomStrategy(population, size)
     if given == "gradient":
         return _record(Gradient, options)

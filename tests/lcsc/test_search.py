@@ -19,28 +19,9 @@ from jaxckpt.checkpoint.save import save
 from jaxckpt.core.errors import InvalidArgumentError, MismatchError
 from jaxckpt.lcsc.search import search
 from jaxckpt.lcsc.space import Space
-from jaxckpt.lcsc.strategies import ALIASES, _bare, canonical, names
+from jaxckpt.lcsc.strategies import names
 
 K = 6
-
-
-ALSO = {  # what strategies are called elsewhere
-    "CMA-ES": "cma_es",
-    "CMAES": "cma_es",
-    "DE": "differentialevolution",
-    "Differential Evolution": "differentialevolution",
-    "GA": "simplega",
-    "SimpleGA": "simplega",
-    "Open-ES": "open_es",
-    "OpenAI-ES": "open_es",
-    "particle_swarm": "pso",
-    "PSO": "pso",
-    "Sep-CMA-ES": "sep_cma_es",
-    "random search": "random",
-    "RandomSearch": "random",
-    "LCSC": "evolution",
-    "Gradient": "gradient",
-}
 
 
 def _trees() -> list[Any]:
@@ -94,33 +75,6 @@ def test_other_strategies_are_no_worse_than_the_best_profile(strategy: str) -> N
 def test_every_named_strategy_runs(strategy: str) -> None:
     report = search(TREES, loss, strategy=strategy, budget=15 + 3 * 8, population=8).report
     assert np.isfinite(report.fitness).all()
-
-
-@pytest.mark.parametrize("name", ALSO)
-def test_strategies_are_known_by_their_usual_names(name: str) -> None:
-    assert canonical(name) == ALSO[name]
-
-
-def test_no_two_strategies_share_a_name() -> None:
-    assert [canonical(name) for name in names()] == names()
-    assert {_bare(name) for name in names()}.isdisjoint(ALIASES)
-    assert set(ALIASES.values()) <= set(names())
-    assert [_bare(alias) for alias in ALIASES] == list(ALIASES)
-
-
-def test_a_strategy_is_recorded_by_its_own_name(tmp_path: Path) -> None:
-    how: dict[str, Any] = {"budget": 31, "state": str(tmp_path / "s")}
-    assert search(TREES, loss, strategy="random search", **how).report.settings["strategy"] == "random"
-    search(TREES, loss, strategy="random", **how)  # the same search
-
-
-NEAR = [("CMAS-ES", "cma_es"), ("evolutoin", "evolution"), ("simple ge", "simplega")]
-
-
-@pytest.mark.parametrize(("name", "near"), NEAR)
-def test_an_unknown_strategy_is_told_the_nearest(name: str, near: str) -> None:
-    with pytest.raises(InvalidArgumentError, match=f"is '{name}'; the nearest is '{near}', and there are: ars"):
-        canonical(name)
 
 
 def test_the_search_begins_at_the_best_checkpoints_where_training_went_astray() -> None:
@@ -249,59 +203,6 @@ def test_numbers_of_the_table_have_four_digits() -> None:
 def test_an_objective_that_is_never_finite_is_an_error() -> None:
     with pytest.raises(InvalidArgumentError, match="not finite for any of the 13 averages"):
         search(TREES, lambda p, key: jnp.float32(jnp.nan) * p["b"].sum(), budget=39)
-
-
-def test_wrong_arguments_are_named() -> None:
-    with pytest.raises(InvalidArgumentError, match="cma_es"):
-        search(TREES, loss, strategy="nope")
-    with pytest.raises(InvalidArgumentError, match="strategy is None; there are: ars"):
-        search(TREES, loss, strategy=None)  # pyright: ignore[reportArgumentType]
-    with pytest.raises(InvalidArgumentError, match="budget is 10"):
-        search(TREES, loss, budget=10)
-    with pytest.raises(MismatchError, match="No group"):
-        search(TREES, loss, groups=("a.*",))
-    with pytest.raises(InvalidArgumentError, match="std_init"):
-        search(TREES, loss, options={"sigma": 1})
-
-
-SEEDS = [3, np.int64(3), np.uint8(3), jnp.int32(3)]
-KEYS = [jax.random.key(3), jax.random.PRNGKey(3), np.array([0, 3], np.uint32)]
-
-
-def test_a_key_may_be_a_seed_a_typed_key_or_an_older_one() -> None:
-    found = [search(TREES, loss, strategy="random", budget=31, key=key) for key in (*SEEDS, *KEYS)]
-    for one in found[1:]:
-        assert one.report.fitness.tobytes() == found[0].report.fitness.tobytes()
-        assert one.coefficients.tobytes() == found[0].coefficients.tobytes()
-        assert one.report.settings["key"] == [0, 3]
-    assert [one.report.settings["seed"] for one in found] == [3, 3, 3, 3, None, None, None]
-
-
-def test_a_key_may_be_split_folded_or_of_another_generator() -> None:
-    first, second = jax.random.split(jax.random.key(0))
-    keys = [first, second, jax.random.fold_in(first, 1), jax.random.key(0, impl="rbg")]
-    seen = {search(TREES, loss, strategy="random", budget=31, key=key).report.fitness.tobytes() for key in keys}
-    assert len(seen) == len(keys)
-
-
-@pytest.mark.parametrize(
-    ("key", "said"),
-    [
-        ("a", "key is 'a'"),
-        (1.5, "key is 1.5"),
-        (None, "key is None"),
-        (True, "key is True"),
-        (2**70, "an integer seed of at most 64 bits"),
-        (jnp.float32(1), r"key is float32\[\]"),
-        (jax.random.split(jax.random.key(0)), r"key is key<fry>\[2\]; give one key"),
-        (jax.random.split(jax.random.PRNGKey(0), 3), r"key is uint32\[3, 2\]; give one key"),
-        (np.zeros(3, np.uint32), r"key is uint32\[3\]"),
-        (np.zeros(2, np.int32), r"key is int32\[2\]"),
-    ],
-)
-def test_what_is_no_key_is_an_error(key: Any, said: str) -> None:
-    with pytest.raises(InvalidArgumentError, match=said):
-        search(TREES, loss, key=key)
 
 
 def test_plot_is_a_png(tmp_path: Path) -> None:
