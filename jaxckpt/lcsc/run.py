@@ -22,7 +22,7 @@ from jaxckpt.lcsc.strategies import Strategy
 PyTree = Any
 
 SOUPS = (2, 4, 8, 16)  # how many of the best checkpoints alone make the soups that are tried first
-L1_SHARE = 0.1  # of the best score before the search: what a sum of magnitudes of one above one costs, unless said
+L1_SHARE = 0.1  # of the best score before the search: what a sum of magnitudes of one above one costs, unless given
 GRADIENT_COST = 3  # evaluations that one value and gradient counts as
 _STARTING, _ASKING, _NOISE, _TELLING, _FINAL, _PROFILES = range(6)  # what a key is for
 
@@ -167,10 +167,15 @@ class Run:
         )
 
     def penalty(self, state: State) -> Penalty:
-        """Of large coefficients; unsaid, in proportion to the objective, as what was tried first shows it."""
+        """Of large coefficients; unsaid, in proportion to the objective, as what was tried first shows it.
+
+        A best score that is not above zero is no distance from it, and tells no scale: the spread of the scores does.
+        """
         l1 = self.l1_penalty
         if l1 is None:
-            l1 = L1_SHARE * abs(float(state.profiles[np.isfinite(state.profiles)].min()))
+            first = state.profiles[np.isfinite(state.profiles)]
+            best = float(first.min())
+            l1 = L1_SHARE * (best if best > 0 else float(np.median(first)) - best)
         return Penalty(l1, self.negative_penalty)
 
     def mean(self, inner: PyTree) -> np.ndarray | None:

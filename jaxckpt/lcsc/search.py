@@ -92,7 +92,9 @@ def search(
         scale: what a step of one changes in a coefficient; None: ``0.03 * 40 / K``.
         bounds: lowest and highest coefficient.
         l1_penalty: what a sum of magnitudes of one above one costs, in units of the objective; None: a tenth of the
-            best score before the search, so that it fits more than its metric. A likelihood can go without: 0.
+            best score before the search, so that it fits more than its metric; where that score is not above zero, a
+            tenth of how far the median of the scores before the search is above it. Give it for an objective that is
+            positive by a constant added to it: the tenth is of that too. A likelihood can go without: 0.
         negative_penalty: what a negative mass of one costs; 0 or more.
         budget: evaluations of single models, those before the search included: profiles, at most 64 checkpoints
             alone, and at most four soups; a gradient counts as three.

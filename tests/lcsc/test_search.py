@@ -17,8 +17,8 @@ from jaxckpt.checkpoint.inspect import inspect
 from jaxckpt.checkpoint.restore import restore
 from jaxckpt.checkpoint.save import save
 from jaxckpt.core.errors import InvalidArgumentError, MismatchError
-from jaxckpt.lcsc.search import search
-from jaxckpt.lcsc.space import Space
+from jaxckpt.lcsc.search import DECAYS, search
+from jaxckpt.lcsc.space import Space, profiles
 from jaxckpt.lcsc.strategies import names
 
 K = 6
@@ -125,6 +125,22 @@ def test_the_penalty_is_a_tenth_of_the_best_score_before_the_search_unless_said(
     report, bare = (search(TREES, loss, budget=407, scale=0.2, l1_penalty=p).report for p in (None, 0))
     assert report.settings["l1_penalty"] == pytest.approx(report.row("start").score / 10, rel=0.05)
     assert report.row(report.chosen).l1 < bare.row(bare.chosen).l1
+
+
+def test_the_penalty_of_an_objective_below_zero_is_of_its_spread() -> None:
+    def below(offset: float) -> float:
+        how: dict[str, Any] = {"strategy": "random", "budget": 31}
+        return search(TREES, lambda p, key: distance(p, TARGET) - offset, **how).report.settings["l1_penalty"]
+
+    first = np.concatenate([profiles(K, DECAYS), np.eye(K)])  # and soups of the best 2 and 4 alone
+    alone = np.array([distance(one, TARGET) for one in TREES])
+    soups = np.zeros((2, K))
+    for row, size in zip(soups, (2, 4), strict=True):
+        row[np.argsort(alone)[:size]] = 1 / size
+    scores = [float(distance(one, TARGET)) for one in average(TREES, np.concatenate([first, soups]))]
+    assert below(0) == pytest.approx(min(scores) / 10, rel=1e-5)
+    for offset in (100, 1000):
+        assert below(offset) == pytest.approx((np.median(scores) - min(scores)) / 10, rel=1e-3)
 
 
 def test_l1_penalty_shrinks_negative_mass() -> None:
