@@ -24,7 +24,7 @@ from jaxckpt.lcsc.checkpoints import located, origin
 from jaxckpt.lcsc.evaluate import MEMORY_BYTES, Objective, Resident
 from jaxckpt.lcsc.load import Placement, make_evaluator, with_products
 from jaxckpt.lcsc.merge import Lora
-from jaxckpt.lcsc.progress import Line, Watch, watcher
+from jaxckpt.lcsc.progress import Advance, Line, Watch, watcher
 from jaxckpt.lcsc.report import Report, Result
 from jaxckpt.lcsc.run import GRADIENT_COST, Clock, Run, warm_keys
 from jaxckpt.lcsc.selection import concerns, select
@@ -119,9 +119,10 @@ def search(
             objective its axes are of type Auto.
         axis: see mesh.
         state: a folder or URL in which every generation is saved, in the background; a search that finds its own state
-            there goes on, and with a larger budget for longer.
-        progress: called after each generation with an ``Advance``; True shows a line, False none, None one where
-            standard error is a terminal.
+            there goes on, and with a larger budget for longer. A kill costs the generation that runs, and the one
+            before it while that is still being saved.
+        progress: called after each generation with an ``Advance``, when the generation before is saved; True shows a
+            line, False none, None one where standard error is a terminal.
         record: JSON values for the report: metric, sampler, number of function evaluations.
         only: these leaves alone are the parameters, as of ``average``.
         eval_params: as of ``average``.
@@ -283,17 +284,24 @@ def _searched(
     storage: Any,
     pool: ThreadPoolExecutor,
 ) -> State:
-    """The state after the last generation; each is on storage before the next but one begins."""
+    """The state after the last generation; each is on storage before ``watch`` is told of the next."""
     compiled = pool.submit(run.warm)
     saved = None if path is None else read(path, run.empty, settings, storage)
     now = run.begin() if saved is None else saved
     compiled.result()
     saver = None if path is None else Saver(path, settings, storage)
+
+    def told(seen: Advance) -> None:
+        if saver is not None:
+            saver.wait()
+        if watch is not None:
+            watch(seen)
+
     try:
         if saver is not None and saved is None:
             saver.save(now)
         while now.generation < run.generations:
-            now = run.advance(now, watch, began)
+            now = run.advance(now, told, began)
             if saver is not None:
                 saver.save(now)
     finally:

@@ -1,4 +1,7 @@
-"""The state of a search, saved each generation as a checkpoint of ours: a kill costs one generation at most."""
+"""The state of a search, saved as a checkpoint of ours after each generation, while the next one runs.
+
+A kill costs the generation that runs, and the one before it while that is still being saved: never two that had ended.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -45,7 +48,8 @@ _SAVED = ("centre", "best", "best_fitness", "profiles", "fitness", "path")
 class Saver:
     """Saves states in the background, in two places in turn: one is whole, whatever happens to the other.
 
-    While one is saved the next generation runs, and no more than that.
+    While one is saved the next generation runs, and no more than that: a search waits for the save before it tells of
+    that generation.
     """
 
     def __init__(self, path: str, settings: dict[str, Any], options: StorageOptions | None) -> None:

@@ -63,6 +63,19 @@ def test_other_checkpoints_are_another_search(tmp_path: Path) -> None:
         lcsc.search(paths, loss, record={"nfe": 2}, **how)
 
 
+@pytest.mark.parametrize("strategy", ["evolution", "gradient"])
+def test_the_generation_before_is_on_storage_when_progress_is_told(tmp_path: Path, strategy: str) -> None:
+    """So a kill never costs two generations that had ended, however much faster they are than a save."""
+    state, saved = tmp_path / "state", []
+
+    def look(seen: lcsc.Advance) -> None:
+        saved.append((seen.generation, jc.inspect(state / str((seen.generation - 1) % 2)).step))
+
+    lcsc.search(TREES, loss, strategy=strategy, population=3, budget=12 + 20 * 3, state=str(state), progress=look)
+    assert saved == [(number, number - 1) for number in range(1, len(saved) + 1)]
+    assert len(saved) == 20
+
+
 PROGRAM = """
 import os, signal, sys
 import jax, jax.numpy as jnp
