@@ -33,7 +33,6 @@ class Sum(NamedTuple):
     dtypes: tuple[np.dtype, ...]
     weights: np.ndarray
     shape: tuple[int, ...]
-    chunk: tuple[int, ...]
     dtype: np.dtype  # of the result
     want: Want  # the form of the result; its leaf counts in the first of the sources
     entry: LeafEntry
@@ -65,6 +64,10 @@ class Weights:
             weights = np.full(count, 1 / count)
         self.per_path = isinstance(weights, Mapping)
         pairs = list(weights.items()) if isinstance(weights, Mapping) else [("*", weights)]
+        if not pairs:
+            raise InvalidArgumentError(
+                'weights is an empty dict; give weights for the globs of leaves, as {"*": [...]}.'
+            )
         self._globs = [(glob, _matrix(value, count, glob if self.per_path else "")) for glob, value in pairs]
         shapes = {(value.shape[0], np.ndim(raw)) for (_, value), (_, raw) in zip(self._globs, pairs, strict=True)}
         if len(shapes) != 1:
@@ -227,7 +230,6 @@ def _one(
         dtypes=tuple(dtype_of(e.dtype or "float64") for e in stored),
         weights=chosen[:, used],
         shape=entry.shape,
-        chunk=entry.chunk,
         dtype=want.cast or out,
         want=want,
         entry=entry,

@@ -2,18 +2,20 @@
 
 import os
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, final
 
+import google_crc32c
 import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from jaxckpt.averaging.reading import Want, fetch, open_path
+from jaxckpt.checkpoint.fingerprint import fingerprint
 from jaxckpt.checkpoint.leaves import describe, plain_value, sharding_record
-from jaxckpt.checkpoint.source import Source
+from jaxckpt.checkpoint.source import ForeignSource, OwnSource, Source
 from jaxckpt.core.box import Box, from_index, intersect, whole
 from jaxckpt.core.dtypes import dtype_of, mover
 from jaxckpt.core.errors import InvalidArgumentError
@@ -28,12 +30,22 @@ PyTree = Any
 EvalParams = Callable[[PyTree], PyTree] | Sequence[Callable[[PyTree], PyTree] | None] | None
 
 
+def check_sources(sources: Any, name: str = "sources", of: str = "checkpoints (paths, URLs) and trees") -> int:
+    """How many there are; an error where it is no list of them."""
+    is_list = isinstance(sources, Sequence) and not isinstance(sources, str | bytes)
+    if is_list and not hasattr(sources, "_fields") and len(sources):  # a namedtuple is a tree
+        return len(sources)
+    is_one = isinstance(sources, str | os.PathLike | Mapping | AbstractStore) or hasattr(sources, "_fields")
+    what = "empty" if is_list and not sources else f"a {type(sources).__name__}"
+    shown = f" ({sources})" if isinstance(sources, str | os.PathLike) else ""
+    advice = f" Put it into a list: [{name[:-1]}]." if is_one else ""
+    advice = f" Make a list of it: list({name})." if isinstance(sources, Iterator) else advice
+    raise InvalidArgumentError(f"{name} is {what}{shown}; it is a list of {of}, one at least.{advice}")
+
+
 def open_sources(sources: Sequence[Any], eval_params: EvalParams, options: StorageOptions | None) -> list[Source]:
     """Each of them opened: strings, paths and stores are checkpoints, anything else is a tree."""
-    if isinstance(sources, str | os.PathLike | Mapping) or not isinstance(sources, Sequence) or not sources:
-        raise InvalidArgumentError(
-            f"sources is {sources!r}; it is a list of checkpoints (paths, URLs) and trees, one at least."
-        )
+    check_sources(sources)
     functions = [eval_params] * len(sources) if eval_params is None or callable(eval_params) else list(eval_params)
     if len(functions) != len(sources):
         raise InvalidArgumentError(
@@ -55,6 +67,41 @@ def arrays_of(source: Source, wants: Sequence[Want]) -> tuple[list[Any], int]:
     if isinstance(source, MappedSource):
         return source.spread(wants)
     return fetch(source, list(wants))
+
+
+def identity(source: Source) -> str:
+    """What tells a source from another: a digest of its content; of another library's checkpoint, its place.
+
+    All processes of sharded trees call it together.
+    """
+    inner = source.source if isinstance(source, MappedSource) else source
+    if isinstance(inner, OwnSource):
+        plain = [repr(entry.value) for entry in inner.leaves if not entry.stored]
+        parts = [inner.sidecar.table.crc32c.tobytes(), repr(plain).encode()]
+    elif isinstance(inner, LiveSource):
+        parts = [repr([(e.name, e.kind, e.dtype, e.shape, e.value) for e in inner.leaves]).encode()]
+        parts += [_digest(array) for array in inner.arrays]
+    else:
+        return inner.url
+    return f"crc32c {google_crc32c.value(b''.join(parts)):08x}"
+
+
+def _digest(array: Any) -> bytes:
+    if isinstance(array, jax.Array):
+        return repr(fingerprint([array])["0"].sums).encode()
+    return google_crc32c.value(np.ascontiguousarray(array).tobytes()).to_bytes(4, "little")
+
+
+def chunk_of(source: Source, leaf: int) -> tuple[int, ...] | None:
+    """What is read of a leaf at least; None where it lies in memory, so that a part costs no more than its size."""
+    if isinstance(source, MappedSource):
+        return source.chunk_of(leaf)
+    return None if isinstance(source, LiveSource) else source.leaves[leaf].chunk
+
+
+def is_foreign(source: Source) -> bool:
+    """Whether another library wrote it: every box that is asked for decodes its chunks anew."""
+    return isinstance(source.source if isinstance(source, MappedSource) else source, ForeignSource)
 
 
 @final
@@ -176,6 +223,10 @@ class MappedSource:
                 computed.fill({0: boxes})
                 read_bytes += more
         return read_bytes + (self.source.fill(plain) if plain else 0)
+
+    def chunk_of(self, leaf: int) -> tuple[int, ...] | None:
+        """As the function of this name; what is computed is kept until the next leaf."""
+        return chunk_of(self.source, self._same[leaf]) if leaf in self._same else None
 
     def spread(self, wants: Sequence[Want]) -> tuple[list[Any], int]:
         """These leaves as arrays of the shardings wanted; all processes call it together."""

@@ -1,10 +1,10 @@
 """Sum stored leaves on the host, bucket by bucket, straight into the memory of the results.
 
 A bucket is a flat row of elements per source, packed from pieces of one or many leaves. While one bucket is summed by
-XLA, the next is read. Memory beyond the results: two slots of rows, and the accumulators of one bucket.
+XLA, the next is read. Memory beyond the results: two slots of rows, and the accumulators of one bucket. A stored chunk
+is read once, so one that is larger than a slot is a bucket of its own, and its sources are added one after the other.
 """
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -15,11 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxckpt.averaging.cells import cells
 from jaxckpt.averaging.kernel import add_terms, add_words, finish, finish_words, split_weights
 from jaxckpt.averaging.plan import Sum
 from jaxckpt.averaging.reading import Destination
 from jaxckpt.checkpoint.source import Source
-from jaxckpt.core.box import Box, cell_box, intersect
+from jaxckpt.core.box import Box, intersect
 from jaxckpt.core.dtypes import is_packed, mover
 from jaxckpt.core.errors import CheckpointError
 from jaxckpt.transfer.arena import aligned
@@ -27,7 +28,8 @@ from jaxckpt.transfer.upload import Target
 
 BUCKET_BYTES = 1024 * 1024  # of one source; a larger stored chunk makes a larger bucket
 SLOT_BYTES = 24 * 1024 * 1024  # rows of all sources that are read together; there are two slots; twice that for P > 1
-LARGEST_CELL_BYTES = 8 * 1024 * 1024
+LARGE_ELEMENTS = 1024 * 1024  # rows above are padded by an eighth at most, others to a power of two
+AHEAD_BYTES = 64 * 1024 * 1024  # larger rows, as of a large chunk of another library, are not read ahead
 
 
 class Piece(NamedTuple):
@@ -84,7 +86,7 @@ def stream_sums(
         stream = _Stream(sources, close, how, pool, threads)
         try:
             for group in _alike(sums):
-                stream.run(group[0], _buckets(group, open_destinations))
+                stream.run(group[0], _buckets(group, sources, open_destinations))
             stream.drain()
         finally:
             pool.shutdown(wait=True, cancel_futures=True)  # nothing may write to a slot any more
@@ -99,7 +101,9 @@ def _alike(sums: Sequence[Sum]) -> list[list[Sum]]:
 
 
 def _buckets(
-    sums: Sequence[Sum], open_destinations: Callable[[Sum], tuple[list[Destination], tuple[Box, ...]]]
+    sums: Sequence[Sum],
+    sources: Sequence[Source],
+    open_destinations: Callable[[Sum], tuple[list[Destination], tuple[Box, ...]]],
 ) -> Iterator[Bucket]:
     itemsize = max(dtype.itemsize for dtype in sums[0].dtypes)
     capacity = BUCKET_BYTES // itemsize
@@ -108,7 +112,7 @@ def _buckets(
     for one in sums:
         destinations, boxes = open_destinations(one)
         job = Job(one, destinations, boxes)
-        for together in _cells(one, boxes, itemsize):
+        for together in cells(one, boxes, sources):
             size = sum(box.size for box in together)
             if pieces and used + size > capacity:
                 yield Bucket(pieces, capacity if used <= capacity else _padded(used))
@@ -127,31 +131,8 @@ def _buckets(
 
 def _padded(elements: int) -> int:
     """Few sizes, so few compilations."""
-    return max(1 << (elements - 1).bit_length(), 256) if elements else 256
-
-
-def _cells(one: Sum, boxes: Sequence[Box], itemsize: int) -> Iterator[list[Box]]:
-    """The parts of the boxes, grouped by the stored chunk that they lie in, so that no chunk is read twice."""
-    if not all(one.shape):
-        return
-    cell = _cell_shape(one.chunk, one.shape, itemsize)
-    grid = tuple(-(-n // c) for n, c in zip(one.shape, cell, strict=True))
-    for index in np.ndindex(*grid):
-        held = cell_box(index, cell, one.shape)
-        parts = [both for box in boxes if (both := intersect(box, held)) is not None]
-        if parts:
-            yield list(dict.fromkeys(parts))
-
-
-def _cell_shape(chunk: tuple[int, ...], shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
-    """A chunk; of chunks that are too large, as those of other libraries may be, a part along the first dimensions."""
-    cell = [min(c, n) for c, n in zip(chunk, shape, strict=True)]
-    for d in range(len(cell)):
-        size = math.prod(cell) * itemsize
-        if size <= LARGEST_CELL_BYTES:
-            break
-        cell[d] = max(cell[d] * LARGEST_CELL_BYTES // size, 1)
-    return tuple(cell)
+    step = max(1 << (elements.bit_length() - 4), 256) if elements > LARGE_ELEMENTS else 0
+    return -(-elements // step) * step if step else max(1 << max(elements - 1, 0).bit_length(), 256)
 
 
 class _Stream:
@@ -181,7 +162,10 @@ class _Stream:
             groups = _groups(one, bucket.elements)
             for number, group in enumerate(groups):
                 slot = self.slots[self.turn % 2]
-                self.turn += 1
+                if bucket.elements * one.dtypes[group[0]].itemsize > AHEAD_BYTES:
+                    slot = self._finished_slot()
+                else:
+                    self.turn += 1
                 jax.block_until_ready(slot.busy)
                 rows, futures = self._read(slot, one, bucket, group)
                 if self.pending is not None:
@@ -204,6 +188,17 @@ class _Stream:
         if self.pending is not None:
             self.pending()
         self._write_last()
+
+    def _finished_slot(self) -> Slot:
+        """The slot of the step before, after it: rows, sums and results of one step are in memory, and not of two."""
+        slot = self.slots[(self.turn - 1) % 2]
+        if self.pending is not None:
+            self.pending()
+        self.pending = None
+        self._write_last()
+        jax.block_until_ready(slot.busy)
+        slot.busy = []
+        return slot
 
     def _write_last(self) -> None:
         if self.unwritten is not None:

@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxckpt as jc
-from jaxckpt.averaging import stream
+from jaxckpt.averaging import cells, stream
 from jaxckpt.averaging.average import average, average_to
 from jaxckpt.core.events import Restored, subscribe
 from tests.averaging.oracle import ulps, weighted
@@ -90,11 +90,13 @@ def test_live_trees_and_checkpoints_mix(stored: list[str]) -> None:
     check(average([values_of(k) for k in range(K)], SIGNED))
 
 
-def test_small_slots_and_buckets_change_nothing(stored: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("ahead", [0, 4 * 1024, 1024 * 1024])
+def test_small_slots_and_buckets_change_nothing(stored: list[str], monkeypatch: pytest.MonkeyPatch, ahead: int) -> None:
     expected = average(stored, SIGNED)
     monkeypatch.setattr(stream, "SLOT_BYTES", 64 * 1024)
     monkeypatch.setattr(stream, "BUCKET_BYTES", 16 * 1024)
-    monkeypatch.setattr(stream, "LARGEST_CELL_BYTES", 32 * 1024)
+    monkeypatch.setattr(cells, "LARGEST_CELL_BYTES", 32 * 1024)
+    monkeypatch.setattr(stream, "AHEAD_BYTES", ahead)
     found = average(stored, SIGNED)
     check(found)
     for name in DTYPES:
