@@ -12,7 +12,7 @@ from jaxckpt.averaging.kernel import Accumulate, resolve
 from jaxckpt.averaging.onmesh import mesh_sums
 from jaxckpt.averaging.plan import Copy, Missing, Policy, Sum, Weights, make_plan
 from jaxckpt.averaging.reading import Want, boxes_of, fetch, finished, is_tree, made_together, opener
-from jaxckpt.averaging.sources import EvalParams, arrays_of, open_sources
+from jaxckpt.averaging.sources import EvalParams, arrays_of, check_sources, open_sources
 from jaxckpt.averaging.stream import stream_sums
 from jaxckpt.checkpoint.exchange import is_shared
 from jaxckpt.checkpoint.leaves import plain_value
@@ -88,7 +88,8 @@ def average(
         >>> average(["memory://docs/average/1", "memory://docs/average/2"], [0.25, 0.75])
         {'w': array([1.75, 1.75], dtype=float32), 'step': 2}
     """
-    given = Weights(weights, len(sources) if isinstance(sources, Sequence) else 0)
+    count = check_sources(sources)
+    given = weights if isinstance(weights, Weights) else Weights(weights, count)
     return average_opened(
         made_together(like, lambda: open_sources(sources, eval_params, options)),
         given,
@@ -135,7 +136,7 @@ def average_to(
     Example:
         >>> average_to("memory://docs/averaged", [{"w": np.ones(2)}, {"w": np.zeros(2)}], [3, -2], method="by hand")
     """
-    given = Weights(weights, len(sources) if isinstance(sources, Sequence) else 0)
+    given = Weights(weights, check_sources(sources))
     opened = made_together(how.get("like"), lambda: open_sources(sources, eval_params, options))
     text = str(path)
     if given.many and "{p}" not in text:

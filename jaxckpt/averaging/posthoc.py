@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxckpt.averaging.average import average
+from jaxckpt.averaging.sources import check_sources
 from jaxckpt.core.errors import InvalidArgumentError
 
 PyTree = Any
@@ -135,6 +136,7 @@ def post_hoc_ema(snapshots: Sequence[Snapshot], sigma_rel: float, step: int | No
         >>> bool(0 < post_hoc_ema([one, two], 0.07)["w"][0] < 1)
         True
     """
+    check_sources(snapshots, "snapshots", "Snapshot(source, sigma_rel, step)")
     step = max(one.step for one in snapshots) if step is None else step
     weights = solve([(one.sigma_rel, one.step) for one in snapshots], sigma_rel, step)
     return average([one.source for one in snapshots], weights, **how)

@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from jaxckpt.averaging.average import average
+from jaxckpt.averaging.sources import check_sources, identity, open_sources
 from jaxckpt.core.errors import InvalidArgumentError
 from jaxckpt.core.text import counted
 
@@ -45,6 +46,7 @@ def weighted_soup(
         >>> weighted_soup([{"w": np.zeros(1)}, {"w": np.ones(1)}], [1, 1], temperature=0.1)["w"].item()
         0.5
     """
+    check_scores(scores, check_sources(sources))
     return average(sources, score_weights(scores, temperature=temperature, mode=mode), **how)
 
 
@@ -86,7 +88,8 @@ def greedy_soup(
         mode: whether large or small scores are good.
         scores: of each source alone, where they are known; otherwise they are evaluated first.
         progress: a JSON file of all scores so far. Where it exists, the search goes on from it: nothing that was
-            evaluated is evaluated again.
+            evaluated is evaluated again. It tells its sources by digests of their content (those of other libraries by
+            their places); the file of a search over others is refused.
         how: the other arguments of ``average``, as ``like``.
 
     Example:
@@ -95,11 +98,12 @@ def greedy_soup(
         >>> soup.weights.tolist(), soup.score
         ([0.5, 0.5, 0.0], -0.0)
     """
-    sign, count = _sign(mode), len(sources)
-    log = _Log(progress, count, mode)
+    sign, count = _sign(mode), check_sources(sources)
     if scores is not None:
-        if len(scores) != count:
-            raise InvalidArgumentError(f"scores has {len(scores)} of them for {counted(count, 'source')}.")
+        check_scores(scores, count)
+    origins = [identity(one) for one in open_sources(sources, None, how.get("options"))] if progress else []
+    log = _Log(progress, origins, mode)
+    if scores is not None:
         log.scores = [float(score) for score in scores]
     for k in range(len(log.scores), count):
         log.scores.append(float(evaluate(average([sources[k]], [1.0], **_alone(how, k)))))
@@ -108,10 +112,12 @@ def greedy_soup(
     chosen, best = [order[0]], log.scores[order[0]]
     for place, k in enumerate(order[1:]):
         if place < len(log.trials):
-            score = log.trials[place]["score"]
+            score = float(log.trials[place]["score"])
         else:
             score = float(evaluate(_soup(sources, [*chosen, k], how)))
         kept = sign * score >= sign * best
+        if place < len(log.trials):
+            log.check_trial(place, k, kept=kept)
         if place == len(log.trials):
             log.trials.append({"source": k, "score": score, "kept": kept})
             log.write()
@@ -138,20 +144,49 @@ def _alone(how: dict[str, Any], k: int) -> dict[str, Any]:
 class _Log:
     """What was evaluated, in a file that is replaced whole."""
 
-    def __init__(self, path: str | Path | None, count: int, mode: str) -> None:
-        self.path = None if path is None else Path(path)
-        self.head = {"sources": count, "mode": mode}
+    def __init__(self, path: str | Path | None, origins: list[str], mode: str) -> None:
+        self.path = Path(path) if path else None
+        self.head = {"mode": mode, "sources": origins}
         self.scores: list[float] = []
         self.trials: list[dict[str, Any]] = []
-        if self.path is not None and self.path.exists():
-            record = json.loads(self.path.read_text())
-            found = {name: record.get(name) for name in self.head}
-            if found != self.head:
-                raise InvalidArgumentError(
-                    f"{self.path} is the progress of another search: it has {found}, this one {self.head}. "
-                    "Give another file, or remove it."
-                )
+        if self.path is None:
+            return
+        if not self.path.parent.is_dir():
+            raise InvalidArgumentError(f"progress is {self.path}, and {self.path.parent} is no folder: make it first.")
+        if self.path.exists():
+            record = self._read(self.path)
+            if record.get("mode") != mode:
+                self._refuse(f'its mode is {record.get("mode")!r}, and now "{mode}"')
+            found = record.get("sources")
+            if found != origins:
+                self._refuse(_difference(found, origins))
             self.scores, self.trials = record["scores"], record["trials"]
+
+    def check_trial(self, place: int, source: int, *, kept: bool) -> None:
+        """Raise unless a trial of the file is what the scores and the trials before it lead to."""
+        trial = self.trials[place]
+        if (trial["source"], trial["kept"]) != (source, kept):
+            words = [
+                f"source {k}{', kept' if keep else ', not kept'}"
+                for k, keep in ((trial["source"], trial["kept"]), (source, kept))
+            ]
+            self._refuse(f"its trial {place} is of {words[0]}, and by the scores of now of {words[1]}")
+
+    def _read(self, path: Path) -> dict[str, Any]:
+        try:
+            record = json.loads(path.read_text())
+        except ValueError as error:
+            raise InvalidArgumentError(
+                f"{path} is no progress file: {error}. Give another file, or remove it."
+            ) from error
+        if not isinstance(record, dict) or not {"scores", "trials"} <= record.keys():
+            raise InvalidArgumentError(f"{path} is no progress file. Give another file, or remove it.")
+        return record
+
+    def _refuse(self, why: str) -> None:
+        raise InvalidArgumentError(
+            f"{self.path} is the progress of another search: {why}. Give another file, or remove it to begin anew."
+        )
 
     def write(self) -> None:
         if self.path is None:
@@ -160,6 +195,21 @@ class _Log:
         beside = self.path.with_name(self.path.name + ".new")
         beside.write_text(text)
         beside.replace(self.path)
+
+
+def _difference(found: Any, origins: list[str]) -> str:
+    if not isinstance(found, list):
+        return "it does not tell its sources (an earlier version wrote it)"
+    if len(found) != len(origins):
+        return f"it has {counted(len(found), 'source')}, this one {len(origins)}"
+    k = next(k for k, (one, other) in enumerate(zip(found, origins, strict=True)) if one != other)
+    return f"its source {k} is {found[k]}, and now {origins[k]}"
+
+
+def check_scores(scores: Sequence[float], count: int) -> None:
+    """Raise unless there is a score of every source."""
+    if len(scores) != count:
+        raise InvalidArgumentError(f"scores has {len(scores)} of them for {counted(count, 'source')}: one of each.")
 
 
 def _sign(mode: str) -> int:

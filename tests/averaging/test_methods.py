@@ -74,7 +74,7 @@ def test_a_greedy_soup_goes_on_where_it_was_interrupted(tmp_path: Path, stop_aft
     assert resumed.trials == whole.trials
     with pytest.raises(jc.CheckpointError, match="progress of another search"):
         greedy_soup(trees(5), score, progress=tmp_path / "soup.json")
-    assert json.loads((tmp_path / "soup.json").read_text())["sources"] == 6
+    assert len(json.loads((tmp_path / "soup.json").read_text())["sources"]) == 6
 
 
 def test_weighted_soups_lean_to_better_scores() -> None:
