@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxckpt.core.errors import InvalidArgumentError
+
 PyTree = Any
 Features = Callable[[Any], jax.Array]  # samples [n, ...] -> [n, d]
 _RIDGE, _LEAST = 1e-6, 1e-12  # relative to the trace; without them gradients at zero eigenvalues are not finite
@@ -41,10 +43,15 @@ def held_out_loss(loss_fn: Callable[[PyTree, Any], Any], data: PyTree, size: int
     Args:
         loss_fn: a mean over the batch.
         data: a tree of arrays [n, ...].
-        size: rows of a batch.
+        size: rows of a batch, n at most.
+
+    Raises:
+        InvalidArgumentError: ``data`` has fewer rows than ``size``.
     """
     data = jax.tree.map(jnp.asarray, data)
     rows = len(jax.tree.leaves(data)[0])
+    if not 1 <= size <= rows:
+        raise InvalidArgumentError(f"size is {size}, and data has {rows} rows; give a number from 1 to {rows}.")
 
     def objective(params: PyTree, key: jax.Array) -> jax.Array:
         chosen = jax.random.choice(key, rows, (size,), replace=False)
@@ -54,8 +61,12 @@ def held_out_loss(loss_fn: Callable[[PyTree, Any], Any], data: PyTree, size: int
 
 
 def moments(reference: Any, features: Features | None = None) -> Moments:
-    """Those of reference samples [n, ...], n above 1; one eigendecomposition."""
-    mean, covariance = _moments(_features(reference, features))
+    """Those of reference samples [n, ...], n above 1; one eigendecomposition.
+
+    Raises:
+        InvalidArgumentError: there are fewer than two.
+    """
+    mean, covariance = _moments(_features(reference, features, "reference"), "reference")
     values, vectors = jnp.linalg.eigh(covariance)
     root = (vectors * jnp.sqrt(jnp.maximum(values, 0))[None]) @ vectors.T
     return Moments(mean, root, jnp.trace(covariance))
@@ -69,9 +80,12 @@ def frechet_distance(samples: Any, reference: Any, features: Features | None = N
     biased upward by an amount that depends on n: compare values of equal n only.
 
     Args:
-        samples: [n, ...].
-        reference: [m, ...], or ``moments(...)`` of it, which saves its eigendecomposition.
+        samples: [n, ...], n above 1.
+        reference: [m, ...], m above 1, or ``moments(...)`` of it, which saves its eigendecomposition.
         features: ``samples -> [n, d]``; None: the samples, flattened.
+
+    Raises:
+        InvalidArgumentError: there are fewer than two of either, or they have other numbers of features.
 
     Example:
         >>> x = jnp.array([[0.0], [1.0], [2.0]])
@@ -79,7 +93,8 @@ def frechet_distance(samples: Any, reference: Any, features: Features | None = N
         9.0
     """
     other = reference if isinstance(reference, Moments) else moments(reference, features)
-    mean, covariance = _moments(_features(samples, features))
+    mean, covariance = _moments(_features(samples, features, "samples"), "samples")
+    _check_width(mean.size, other.mean.size)
     inner = jnp.matmul(jnp.matmul(other.root, covariance, precision="highest"), other.root, precision="highest")
     scale = jnp.maximum(jnp.trace(inner), _LEAST)
     # Without the ridge a root at zero has an infinite slope.
@@ -90,7 +105,7 @@ def frechet_distance(samples: Any, reference: Any, features: Features | None = N
 
 def energy_distance(samples: Any, reference: Any, features: Features | None = None) -> jax.Array:
     """``2 E|x - y| - E|x - x'| - E|y - y'|`` (Szekely and Rizzo 2013), pairs of one point with itself included."""
-    x, y = _features(samples, features), _features(reference, features)
+    x, y = _both(samples, reference, features)
     return 2 * _distances(x, y).mean() - _distances(x, x).mean() - _distances(y, y).mean()
 
 
@@ -103,7 +118,7 @@ def mmd(samples: Any, reference: Any, features: Features | None = None, *, bandw
         features: as of ``frechet_distance``.
         bandwidth: of the kernel ``exp(-|x - y|^2 / (2 bandwidth^2))``; None: the median distance in the reference.
     """
-    x, y = _features(samples, features), _features(reference, features)
+    x, y = _both(samples, reference, features)
     width = jax.lax.stop_gradient(jnp.median(_distances(y, y))) if bandwidth is None else jnp.asarray(bandwidth)
 
     def kernel(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -115,20 +130,48 @@ def mmd(samples: Any, reference: Any, features: Features | None = None, *, bandw
 def sliced_wasserstein(
     samples: Any, reference: Any, key: jax.Array, features: Features | None = None, *, slices: int = 64
 ) -> jax.Array:
-    """The mean 1-Wasserstein distance along random directions (Rabin et al. 2012), of as many samples on each side."""
-    x, y = _features(samples, features), _features(reference, features)
+    """The mean 1-Wasserstein distance along random directions (Rabin et al. 2012), of as many samples on each side.
+
+    Raises:
+        InvalidArgumentError: there are more on one side, or they have other numbers of features.
+    """
+    x, y = _both(samples, reference, features)
+    if len(x) != len(y):
+        raise InvalidArgumentError(
+            f"samples has {len(x)} rows and reference {len(y)}; sliced_wasserstein pairs as many of each: take "
+            f"{min(len(x), len(y))} of both, or energy_distance, which takes any numbers."
+        )
     directions = jax.random.normal(key, (x.shape[1], slices))
     directions = directions / jnp.linalg.norm(directions, axis=0, keepdims=True)
     along = [jnp.sort(jnp.matmul(one, directions, precision="highest"), axis=0) for one in (x, y)]
     return jnp.abs(along[0] - along[1]).mean()
 
 
-def _features(samples: Any, features: Features | None) -> jax.Array:
-    found = jnp.asarray(samples) if features is None else features(samples)
+def _features(samples: Any, features: Features | None, name: str) -> jax.Array:
+    found = jnp.asarray(samples if features is None else features(samples))
+    if not found.size:
+        raise InvalidArgumentError(
+            f"{name} has shape {list(found.shape)}; a metric needs one sample [n, ...] at least."
+        )
     return found.reshape(len(found), -1).astype(jnp.float32)
 
 
-def _moments(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _both(samples: Any, reference: Any, features: Features | None) -> tuple[jax.Array, jax.Array]:
+    x, y = _features(samples, features, "samples"), _features(reference, features, "reference")
+    _check_width(x.shape[1], y.shape[1])
+    return x, y
+
+
+def _check_width(one: int, other: int) -> None:
+    if one != other:
+        raise InvalidArgumentError(
+            f"samples has {one} features and reference {other}; give both the same, but for the number of samples n."
+        )
+
+
+def _moments(x: jax.Array, name: str) -> tuple[jax.Array, jax.Array]:
+    if len(x) < 2:
+        raise InvalidArgumentError(f"{name} has {len(x)} row; a covariance needs two at least, and many to mean much.")
     mean = x.mean(0)
     return mean, jnp.matmul((x - mean[None]).T, x - mean[None], precision="highest") / (len(x) - 1)
 

@@ -8,6 +8,7 @@ from scipy.linalg import sqrtm
 from scipy.spatial.distance import cdist
 from scipy.stats import wasserstein_distance
 
+from jaxckpt.core.errors import InvalidArgumentError
 from jaxckpt.lcsc import metrics
 
 RNG = np.random.default_rng(1)
@@ -75,3 +76,33 @@ def test_held_out_loss_draws_rows_by_key() -> None:
     one, two = (float(objective(jnp.float32(1), jax.random.key(i))) for i in (0, 1))
     assert one != two
     assert float(objective(jnp.float32(1), jax.random.key(0))) == one
+    with pytest.raises(InvalidArgumentError, match="size is 11, and data has 10 rows; give a number from 1 to 10"):
+        metrics.held_out_loss(lambda p, batch: 0, {"x": np.arange(10.0)}, 11)
+
+
+def test_a_covariance_of_one_sample_is_an_error_also_under_jit() -> None:
+    moments = metrics.moments(Y)
+    for call in (metrics.frechet_distance, jax.jit(metrics.frechet_distance)):
+        with pytest.raises(InvalidArgumentError, match="samples has 1 row; a covariance needs two at least"):
+            call(X[:1], Y)
+        with pytest.raises(InvalidArgumentError, match="samples has 1 row"):
+            call(X[:1], moments)
+        with pytest.raises(InvalidArgumentError, match="reference has 1 row"):
+            call(X, Y[:1])
+    with pytest.raises(InvalidArgumentError, match="reference has 1 row"):
+        metrics.moments(X[:1])
+
+
+def test_sliced_wasserstein_of_unequal_numbers_is_an_error_also_under_jit() -> None:
+    for call in (metrics.sliced_wasserstein, jax.jit(metrics.sliced_wasserstein)):
+        with pytest.raises(InvalidArgumentError, match="samples has 50 rows and reference 200; .* take 50 of both"):
+            call(X[:50], Y, jax.random.key(0))
+
+
+@pytest.mark.parametrize("name", ["frechet_distance", "energy_distance", "mmd", "sliced_wasserstein"])
+def test_other_numbers_of_features_and_no_samples_are_errors(name: str) -> None:
+    key = (jax.random.key(0),) if name == "sliced_wasserstein" else ()
+    with pytest.raises(InvalidArgumentError, match="samples has 1 features and reference 5"):
+        getattr(metrics, name)(X[:, :1], Y, *key)
+    with pytest.raises(InvalidArgumentError, match=r"samples has shape \[0, 5\]"):
+        getattr(metrics, name)(X[:0], Y, *key)
