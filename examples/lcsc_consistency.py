@@ -85,10 +85,7 @@ def main() -> int:
         print(f"{name:24} {chosen_by:10.3f} {tested[-1]:9.3f} {other:15.4f} {np.abs(a).sum():8.2f}")
     rows = [*(np.asarray(sample(params, jax.random.key(3), count=20)) for params in models), data.test.pixels[:20]]
     imsave(args.folder / "grid.png", tiled(rows), cmap="gray_r", vmin=-1, vmax=1)
-    averaging.average_to(
-        args.folder / "best", paths, found.coefficients, method="LCSC", metric={"name": "FD", "value": tested[-1]},
-        overwrite=True, **read,
-    )  # fmt: skip
+    found.save(args.folder / "best", overwrite=True)  # with its lineage, and the report: strategy, seed and the record
     print(f"\n{args.folder / 'grid.png'}: a row for each line above, the last row is real; search.png: the search")
     return 0 if tested[-1] < tested[0] else 1
 
