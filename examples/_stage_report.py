@@ -10,7 +10,10 @@ def report(facts: list[dict[str, Any]], launch: int, killed: list[int]) -> None:
     """What a loss cost, from what the processes told before and after."""
     before = [f for f in facts if f["launch"] == launch and f["kind"] in ("ready", "step")]
     after = {f["process"]: f for f in facts if f["launch"] == launch + 1 and f["kind"] == "ready"}
-    event = next(f for f in facts if f["launch"] == launch + 1 and f["kind"] == "recovered")
+    event = next((f for f in facts if f["launch"] == launch + 1 and f["kind"] == "recovered"), None)
+    if event is None:
+        print(f"loss {launch + 1}, of {killed}: no stage was recovered; the step did not come, or all were lost")
+        return
     survivors = [process for process in after if process not in killed]
     done = min(max(f["step"] for f in before if f["process"] == process) for process in survivors)
     kept = {(f["process"], f["bits"]) for f in before if f["step"] == event["step"]}

@@ -18,18 +18,17 @@ from typing import Any
 
 WORKER, CANNOT_GO_ON = Path(__file__).with_name("_stage_worker.py"), 2
 GRACE_S = 2.0  # for survivors to finish their step and leave by themselves; one may hang in a collective for ever
-
-
 Workers = list[subprocess.Popen[str]]
 
 
-@dataclass(kw_only=True)
+@dataclass
 class Supervisor:
     """Runs a job to its end. ``losses[i]``: the step after which, in launch i, which processes are killed."""
 
     folder: Path
     memory: Path
     processes: int
+    devices: int  # of each process: one per stage
     options: list[str]
     losses: list[tuple[int, list[int]]]
     facts: list[dict[str, Any]] = field(default_factory=list)  # what workers told, each with its "launch"
@@ -39,16 +38,20 @@ class Supervisor:
             workers, ended = self.start(launch), queue.Queue()
             for process in range(self.processes):
                 threading.Thread(target=self.listen, args=(launch, process, workers, ended), daemon=True).start()
-            dead = watch(workers, ended)
+            first = watch(workers, ended)
             codes = [worker.wait() for worker in workers]
             if not any(codes):
                 return
             if CANNOT_GO_ON in codes:
                 errors = (self.folder / f"errors-{launch}-{codes.index(CANNOT_GO_ON)}.txt").read_text()
-                raise SystemExit(f"The job cannot go on:\n{errors[errors.rindex('InvalidArgumentError') :]}")
+                raise SystemExit(f"The job cannot go on:\n{errors[max(0, errors.rfind('InvalidArgumentError')) :]}")
+            if not (dead := [process for process in first if codes[process] == -signal.SIGKILL]):
+                died = next(process for process in first if codes[process])
+                errors = (self.folder / f"errors-{launch}-{died}.txt").read_text().strip()
+                raise SystemExit(f"Process {died} ended by itself with exit code {codes[died]}:\n{errors[-2000:]}")
             print(f"launch {launch}: exit codes {codes}, so process {dead} is gone; all are launched again", flush=True)
             for process in dead:  # a replacement on another machine would not find it
-                shutil.rmtree(self.memory / str(process))
+                shutil.rmtree(self.memory / str(process), ignore_errors=True)
         raise SystemExit(f"A process died that was not to be killed: exit codes {codes}, see {self.folder}.")
 
     def start(self, launch: int) -> Workers:
@@ -58,8 +61,8 @@ class Supervisor:
         command = [sys.executable, str(WORKER), str(self.folder / "checkpoints"), "--memory", str(self.memory)]
         command += ["--cache", str(self.folder / "compiled"), *self.options]
         command += ["--coordinator", f"localhost:{port}", "--processes", str(self.processes)]
-        env = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1", "PYTHONPATH": str(WORKER.parents[1])}
-        env["XLA_FLAGS"] = os.environ.get("WORKER_XLA_FLAGS", "")
+        env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(WORKER.parents[1])}
+        env |= {"JAX_NUM_CPU_DEVICES": str(self.devices), "XLA_FLAGS": os.environ.get("WORKER_XLA_FLAGS", "")}
         workers = []
         for process in range(self.processes):
             with (self.folder / f"errors-{launch}-{process}.txt").open("w") as errors:
@@ -81,18 +84,15 @@ class Supervisor:
 
 
 def watch(workers: Workers, ended: queue.Queue[int]) -> list[int]:
-    """Wait for the end of all; returns those that SIGKILL ended. What then hangs in a collective is killed too."""
-    left, dead, until = set(range(len(workers))), [], None
-    while left:
+    """Wait for the end of all; returns which ended, in order. What then hangs in a collective is killed."""
+    order, until = [], None
+    while len(order) < len(workers):
         try:
-            process = ended.get(timeout=None if until is None else max(0.0, until - time.monotonic()))
+            order.append(ended.get(timeout=None if until is None else max(0.0, until - time.monotonic())))
         except queue.Empty:
-            for process in left:
+            for process in set(range(len(workers))).difference(order):
                 workers[process].kill()
-            return dead
-        left.remove(process)
-        if (code := workers[process].wait()) == -signal.SIGKILL:
-            dead.append(process)
-        if code and until is None:
+            break
+        if workers[order[-1]].wait() and until is None:
             until = time.monotonic() + GRACE_S
-    return dead
+    return order

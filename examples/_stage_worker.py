@@ -33,6 +33,9 @@ def main() -> None:
     jax.config.update("jax_compilation_cache_dir", args.cache)  # the next launch compiles little
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.distributed.initialize(args.coordinator, args.processes, args.process, heartbeat_timeout_seconds=10)
+    if args.stages % jax.process_count() or jax.device_count() % args.stages:
+        have = f"{jax.process_count()} processes with {jax.device_count()} devices together"
+        raise InvalidArgumentError(f"--stages {args.stages} over {have}: every process holds as many whole stages.")
     trainer = Trainer(args.stages, args.preset, swap=args.swap, copy_every=args.copy_every)
     memory = HostMemory(Path(args.memory) / str(jax.process_index()))
     subscribe(lambda event: tell("event", text=str(event)) if isinstance(event, Recovered) else None)

@@ -86,6 +86,41 @@ def test_a_process_killed_at_any_step_costs_the_others_no_step_and_no_bit(tmp_pa
 
 
 @pytest.mark.timeout(300)
+def test_a_process_with_two_stages_is_killed(tmp_path: Path) -> None:
+    options = ["--processes", "2", "--steps", "9", "--save-every", "4", "--kill", "6:1"]
+    told = facts(run(tmp_path, *options), tmp_path)
+    event = check_loss(told, 0, [1])
+    assert event["lost"] == [2, 3]
+    assert event["sources"] == ["checkpoint_stage", "stale_copy"]  # the copy of stage 2 was on stage 3
+    assert {f["step"] for f in told if f["kind"] == "step"} == set(range(1, 10))
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        (["--processes", "3"], "--processes 3 does not divide --stages 4"),
+        (["--kill", "12"], "'12' is not STEP:PROCESS[,PROCESS], such as 12:0"),
+        (["--kill", "12:1", "--kill", "20:4"], "--kill 20:4: processes are 0 to 3"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(options: list[str], match: str, tmp_path: Path) -> None:
+    done = run(tmp_path / "run", *options)
+    assert done.returncode != 0
+    assert match in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.timeout(120)
+def test_processes_that_die_at_start_are_told_with_their_error(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    done = run(tmp_path / "run", "--processes", "2", "--kill", "6:1", "--memory", str(tmp_path / "file"))
+    assert done.returncode != 0
+    assert "ended by itself with exit code" in done.stderr
+    assert "Not a directory" in done.stderr
+    assert "is gone" not in done.stdout
+
+
+@pytest.mark.timeout(300)
 def test_the_first_the_last_and_two_adjacent_stages_come_back_in_one_process(tmp_path: Path) -> None:
     done = run(tmp_path, "--simulate", "--kill", "12:0", "--kill", "17:3", "--kill", "24:1,2")
     told = facts(done, tmp_path)
