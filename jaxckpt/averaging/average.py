@@ -1,8 +1,10 @@
 """Average checkpoints: any weights, any mesh, never more than one model and a bucket in memory."""
 
+import json
 import math
 import time
 from collections.abc import Callable, Sequence
+from inspect import signature
 from typing import Any, Literal
 
 import jax
@@ -22,6 +24,7 @@ from jaxckpt.checkpoint.save import save
 from jaxckpt.checkpoint.source import OwnSource, Source
 from jaxckpt.core.errors import InvalidArgumentError, MismatchError
 from jaxckpt.core.events import Restored, emit
+from jaxckpt.core.text import nearest
 from jaxckpt.storage.url import Location, StorageOptions
 
 PyTree = Any
@@ -133,9 +136,20 @@ def average_to(
         options: endpoint, region and credentials of object stores.
         how: the other arguments of ``average``.
 
+    Raises:
+        TypeError: ``how`` has what ``average`` has not.
+
     Example:
         >>> average_to("memory://docs/averaged", [{"w": np.ones(2)}, {"w": np.zeros(2)}], [3, -2], method="by hand")
     """
+    for name in how.keys() - signature(average_opened).parameters.keys():
+        near = nearest(name, [*signature(average_to).parameters, *signature(average).parameters])
+        raise TypeError(
+            f"average_to() got an unexpected argument {name!r}"
+            + (f"; did you mean {near!r}?" if near else ": it takes those of average() and no others.")
+        )
+    _check_json("metric", metric)
+    _check_json("metadata", metadata)
     given = Weights(weights, check_sources(sources))
     opened = made_together(how.get("like"), lambda: open_sources(sources, eval_params, options))
     text = str(path)
@@ -335,6 +349,15 @@ def _sum_numbers(sources: Sequence[Source], one: Sum) -> list[Any]:
         total = sum(terms) if any(isinstance(x, complex) for x in numbers) else math.fsum(terms)
         found.append(one.want.convert(round(total) if all(type(x) is int for x in numbers) else total))
     return found
+
+
+def _check_json(name: str, value: Any) -> None:
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise InvalidArgumentError(
+            f"{name} is {_short(value)}, which cannot be kept as JSON: {error}. Give plain values, as float(value)."
+        ) from error
 
 
 def step_of(source: Source) -> int | None:

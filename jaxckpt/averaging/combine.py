@@ -97,6 +97,9 @@ def interpolate(a: PyTree, b: PyTree, t: Any, *, preserve_variance: bool = False
         [0.25, 0.25]
     """
     check_alike(a, b)
+    shape, dtype = np.shape(t), t.dtype if isinstance(t, jax.Array) else np.asarray(t).dtype
+    if shape or jnp.issubdtype(dtype, jnp.complexfloating):
+        raise InvalidArgumentError(f"t is {dtype}{list(shape)}; it is one real number. Call it once for every point.")
     if isinstance(t, jax.Array):
         t = t.astype(jnp.float32)
         weights = jnp.stack([1 - t, t])

@@ -2,9 +2,11 @@
 
 import os
 import re
+from collections.abc import Sequence
 from typing import Any
 
-from jaxckpt.averaging.average import average
+from jaxckpt.averaging.average import average, step_of
+from jaxckpt.averaging.reading import open_path
 from jaxckpt.core.errors import InvalidArgumentError, NotFoundError
 from jaxckpt.format.orbax_metadata import COMMIT_MARKER
 from jaxckpt.format.sidecar import FILE_NAME
@@ -73,6 +75,24 @@ def newest(
             + f"; its folders are {store.folders()[:5]}. Name the folder that holds the steps of a run."
         )
     return chosen[::-1]
+
+
+def recorded_steps(paths: Sequence[Location], options: StorageOptions | None = None) -> list[int]:
+    """The step that each checkpoint was saved with; where it tells none, the number that its folder's name ends in."""
+    found = []
+    for path in paths:
+        source = open_path(path, options)
+        step = step_of(source)
+        name = source.url.rstrip("/").removesuffix(f"/{ITEM}").rpartition("/")[2]  # of a manager's: the folder above
+        named = _STEP.match(name)
+        step = int(named[1]) if step is None and named else step
+        if step is None:
+            raise InvalidArgumentError(
+                f"{source.url} tells no step: it was saved without one, and its name ends in no number. Give the "
+                "weights themselves, or save it with step=."
+            )
+        found.append(step)
+    return found
 
 
 def _checkpoint_in(store: AbstractStore, folder: str) -> str | None:

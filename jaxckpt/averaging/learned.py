@@ -6,7 +6,6 @@ of them twice and holds one model, its gradient and a bucket.
 """
 
 from collections.abc import Callable, Sequence
-from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
 import jax
@@ -14,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxckpt.averaging.average import average
+from jaxckpt.averaging.globs import check_globs, matches
 from jaxckpt.averaging.reading import Want
 from jaxckpt.averaging.sources import arrays_of, open_sources
 from jaxckpt.checkpoint.match import Places
@@ -135,18 +135,12 @@ def inner_products(sources: Sequence[Source], tree: PyTree, group_of: dict[Any, 
 
 
 def _groups(like: PyTree, globs: Sequence[str]) -> dict[Any, int]:
-    found, unmatched = {}, []
+    found, unmatched, names = {}, [], []
     for leaf in flatten(like)[0]:
         if not hasattr(leaf.value, "dtype") or not jnp.issubdtype(leaf.value.dtype, jnp.inexact):
             continue
-        group = next(
-            (
-                i
-                for i, g in enumerate(globs)
-                if g == leaf.name or leaf.name.startswith(g + ".") or fnmatchcase(leaf.name, g)
-            ),
-            None,
-        )
+        names.append(leaf.name)
+        group = next((i for i, glob in enumerate(globs) if matches(leaf.name, glob)), None)
         if group is None:
             unmatched.append(leaf.name)
         else:
@@ -154,6 +148,7 @@ def _groups(like: PyTree, globs: Sequence[str]) -> dict[Any, int]:
     if unmatched:
         some = counted(len(unmatched), "leaf matches", "leaves match")
         raise InvalidArgumentError(f'{some} none of groups, as "{unmatched[0]}": add "*".')
+    check_globs(globs, names, "groups")
     return found
 
 

@@ -1,14 +1,14 @@
 """What becomes of every leaf of an average: summed with which weights, or taken from which source."""
 
 from collections.abc import Callable, Mapping, Sequence
-from fnmatch import fnmatchcase
 from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
+from jaxckpt.averaging.globs import check_globs, matches
 from jaxckpt.averaging.reading import Want, want_saved
-from jaxckpt.averaging.union import union
+from jaxckpt.averaging.union import common, union
 from jaxckpt.checkpoint.match import Only, Places, describe_entry, prune, selector
 from jaxckpt.checkpoint.place import want_like
 from jaxckpt.checkpoint.source import Source
@@ -56,9 +56,10 @@ class Plan(NamedTuple):
 
 
 class Weights:
-    """The weights of every leaf: one vector or matrix for all, or one per glob."""
+    """The weights of every leaf: one vector or matrix for all, or one per glob (of the ``argument`` of this name)."""
 
-    def __init__(self, weights: Any, count: int) -> None:
+    def __init__(self, weights: Any, count: int, argument: str = "weights") -> None:
+        self.argument = argument
         self._globs: list[tuple[str, np.ndarray]]
         if weights is None:
             weights = np.full(count, 1 / count)
@@ -78,9 +79,13 @@ class Weights:
     def of(self, name: str) -> np.ndarray | None:
         """float64 [P, K], of the first glob that the name matches; None if it matches none."""
         for glob, value in self._globs:
-            if name == glob or name.startswith(glob + ".") or fnmatchcase(name, glob):
+            if matches(name, glob):
                 return value
         return None
+
+    def globs(self) -> list[str]:
+        """All of them; ``*`` where there is one vector or matrix."""
+        return [glob for glob, _ in self._globs]
 
     def record(self, p: int) -> Any:
         """Those of one result, as JSON."""
@@ -115,10 +120,13 @@ def make_plan(
             f"dtype is {np.dtype(dtype).name}; it is that of floating results, as float32 or bfloat16. Leave it out, "
             "and round the result yourself."
         )
+    names = _names(sources, like if is_tree else None)
+    check_globs(weights.globs() if weights.per_path else (), names, weights.argument)
+    check_globs(policy if isinstance(policy, Mapping) else (), names, "policy")
     if isinstance(policy, str):
         policy = {"*": policy}
     places = [Places(source.structure, only) for source in sources]
-    structure = sources[0].structure
+    structure = common([source.structure for source in sources]) if missing == "skip" else sources[0].structure
     if is_tree:
         wanted = [leaf for leaf in flatten(like)[0] if only is None or selector(only)(leaf.name)]
     else:
@@ -166,6 +174,12 @@ def make_plan(
         return build(paths[0], lambda i: values[order[keys[paths[1][i]]]])
 
     return Plan(list(results.values()), weights.models, assemble)
+
+
+def _names(sources: Sequence[Source], like: Any) -> list[str]:
+    """Of all leaves, in the order of the first source; leaves that are not averaged are among them."""
+    leaves = {path: None for source in sources for path in Places(source.structure).leaves}
+    return [*(path_name(path) for path in leaves), *(leaf.name for leaf in flatten(like)[0])]
 
 
 def _numbered(structure: Node, keys: Mapping[Path, Any]) -> tuple[Node, list[Path]]:
@@ -279,7 +293,7 @@ def _policy(policy: Any, name: str, entry: LeafEntry) -> str:
         chosen = policy(name, entry)
     else:
         globs = (policy or {}).items()
-        chosen = next((p for g, p in globs if name == g or name.startswith(g + ".") or fnmatchcase(name, g)), None)
+        chosen = next((p for g, p in globs if matches(name, g)), None)
         if policy is not None and list(policy) == ["*"] and not floating and chosen == "average":
             chosen = None  # policy="average" is said of the numbers
     chosen = chosen or default

@@ -6,6 +6,7 @@ from typing import Any, Literal
 import numpy as np
 
 from jaxckpt.averaging.average import average
+from jaxckpt.averaging.plan import Weights
 from jaxckpt.core.errors import InvalidArgumentError
 
 Head = Literal["average", "first"]
@@ -37,10 +38,11 @@ def run_average(
         raise InvalidArgumentError(f'head_policy is {head_policy!r}; it is "average" or "first".')
     sources = [snapshot for run in runs for snapshot in run]
     names = [head] if isinstance(head, str) else list(head)
-    if head_policy == "average" or not names:
+    if not names:
         return average(sources, weights, **how)
     first = np.where(np.arange(len(sources)) < len(runs[0]), 1 / len(runs[0]), 0)
-    return average(sources, {**dict.fromkeys(names, first), "*": weights}, **how)
+    by_path = {**dict.fromkeys(names, first if head_policy == "first" else weights), "*": weights}
+    return average(sources, Weights(by_path, len(sources), "head"), **how)
 
 
 def run_weights(counts: Sequence[int]) -> np.ndarray:

@@ -1,9 +1,9 @@
-"""The structure of a tree that has every leaf of several trees."""
+"""The structure of a tree that has every leaf of several trees, or the leaves that all have."""
 
 from collections.abc import Sequence
 
 from jaxckpt.core.errors import MismatchError
-from jaxckpt.core.tree import Node, path_name
+from jaxckpt.core.tree import NONE, Node, path_name
 
 
 def union(structures: Sequence[Node], path: tuple = ()) -> Node:
@@ -32,3 +32,20 @@ def union(structures: Sequence[Node], path: tuple = ()) -> Node:
     alike = next((other for other in containers if other.keys == tuple(keys)), None)
     kind, type_name = (alike.kind, alike.type) if alike is not None else ("dict", "")
     return Node(kind=kind, type=type_name, keys=tuple(keys), children=children)
+
+
+def common(structures: Sequence[Node]) -> Node:
+    """The first record without the children that others lack; of lists of several lengths the shortest.
+
+    A list or tuple stays one where its first children are left; otherwise it keeps their indices as a dict.
+    """
+    first = structures[0]
+    if first.kind in ("leaf", "none") or all(other == first for other in structures):
+        return first if all((other.kind == "leaf") == (first.kind == "leaf") for other in structures) else NONE
+    texts = [{str(key): child for key, child in zip(one.keys, one.children, strict=True)} for one in structures]
+    keys = tuple(key for key in first.keys if all(str(key) in text for text in texts))
+    children = tuple(common([text[str(key)] for text in texts]) for key in keys)
+    if len(keys) == len(first.keys):
+        return Node(kind=first.kind, type=first.type, keys=keys, children=children)
+    is_start = first.kind in ("list", "tuple") and keys == first.keys[: len(keys)]
+    return Node(kind=first.kind if is_start or first.kind == "dict" else "dict", keys=keys, children=children)

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxckpt.averaging.average import average
+from jaxckpt.core.errors import InvalidArgumentError
 
 PyTree = Any
 
@@ -43,6 +44,8 @@ def wise_ft(
         >>> [point.score for point in points]
         [0.0, 0.5, 1.0]
     """
+    if at_once < 1:
+        raise InvalidArgumentError(f"at_once is {at_once}; it is the number of models made together, 1 at least.")
     points = []
     for start in range(0, len(alphas), at_once):
         some = [float(alpha) for alpha in alphas[start : start + at_once]]

@@ -30,7 +30,12 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--weights", type=_numbers, help="one number per source, separated by commas; any sign and sum")
     parser.add_argument("--method", choices=METHODS, default="uniform", help="the weights, where they are not given")
     parser.add_argument("--decay", type=float, default=0.9, help="of --method ema, per checkpoint (default 0.9)")
-    parser.add_argument("--sigma-rel", type=float, default=0.1, help="width of --method power (default 0.1)")
+    parser.add_argument(
+        "--sigma-rel",
+        type=float,
+        default=0.1,
+        help="width of --method power, over the steps of the checkpoints (default 0.1)",
+    )
     parser.add_argument("--only", action="append", metavar="GLOB", help="a name, subtree or glob; may be repeated")
     parser.add_argument(
         "--missing", choices=("error", "keep", "skip"), default="error", help="for leaves that some sources lack"
@@ -84,6 +89,7 @@ def run(options: argparse.Namespace) -> int:
 
 def _weights(options: argparse.Namespace, sources: list[Any]) -> tuple[str, list[float] | None]:
     from jaxckpt.averaging.ema import ema_weights
+    from jaxckpt.averaging.lawa import recorded_steps
     from jaxckpt.averaging.posthoc import power_weights
 
     if options.weights is not None:
@@ -91,7 +97,7 @@ def _weights(options: argparse.Namespace, sources: list[Any]) -> tuple[str, list
     if options.method == "ema":
         return f"ema of decay {options.decay:g}", ema_weights(len(sources), options.decay).tolist()
     if options.method == "power":
-        steps = range(1, len(sources) + 1)  # as if they were saved at equal distances
+        steps = recorded_steps(sources)
         return f"power profile of width {options.sigma_rel:g}", power_weights(steps, options.sigma_rel).tolist()
     return "uniform", None
 

@@ -112,3 +112,73 @@ def test_a_file_that_is_no_progress_is_told_before_any_work(tmp_path: Path) -> N
         averaging.greedy_soup(numbers(0.0), fails, progress=tmp_path / "old.json")
     with pytest.raises(jc.CheckpointError, match="is no folder"):
         averaging.greedy_soup(numbers(0.0), fails, progress=tmp_path / "no" / "soup.json")
+
+
+def test_globs_that_match_no_leaf_are_told_with_the_nearest_name() -> None:
+    pair = [TREE, TREE]
+    with pytest.raises(jc.CheckpointError, match=r'weights: "layrs" matches no leaf; the nearest name is "layers"'):
+        averaging.average(pair, {"layrs": [1, 0], "*": [0.5, 0.5]})
+    with pytest.raises(jc.CheckpointError, match=r'policy: "stp" matches no leaf; the nearest name is "step"'):
+        averaging.average(pair, policy={"stp": "first"})
+    with pytest.raises(
+        jc.CheckpointError, match=r'policy: "qq" matches no leaf; the leaves are "w", "layers.0.kernel", "step"'
+    ):
+        averaging.average(pair, policy={"qq": "first"})
+    for head_policy in ("first", "average"):
+        with pytest.raises(jc.CheckpointError, match=r'head: "\*\.kernl" matches no leaf; .* "layers.0.kernel"'):
+            averaging.run_average([[TREE], [TREE]], head="*.kernl", head_policy=head_policy)
+    like = {"w": jnp.ones(2), "layers": [{"kernel": jnp.ones(3)}]}
+    with pytest.raises(jc.CheckpointError, match=r'groups: "wx" matches no leaf'):
+        averaging.learned_soup([like, like], fails, like=like, groups=("wx", "*"))
+
+
+def test_globs_may_match_what_is_not_averaged() -> None:
+    pair = [TREE, TREE]
+    assert list(averaging.average(pair, {"layers": [1, 0], "*": [1, 0]}, only="w")) == ["w"]
+    assert averaging.average(pair, policy={"step": "first", "w": "last", "layers.*.kernel": "average"})["step"] == 3
+    more = {**TREE, "head": np.ones(1)}
+    for missing in ("keep", "skip"):
+        averaging.average([TREE, more], {"head": [0, 1], "*": [0.5, 0.5]}, missing=missing)
+
+
+def test_a_list_is_cut_to_what_all_sources_have() -> None:
+    def layers(*values: float, kind: Any = list) -> dict[str, Any]:
+        return {"layers": kind({"w": np.full(1, x)} for x in values), "x": np.ones(1)}
+
+    found = averaging.average([layers(1.0, 2.0, 3.0), layers(3.0, 4.0)], missing="skip")
+    assert isinstance(found["layers"], list)
+    assert [layer["w"].item() for layer in found["layers"]] == [2.0, 3.0]
+    assert isinstance(averaging.average([layers(1.0), layers(3.0, 4.0)], missing="skip")["layers"], list)
+    pair = [layers(1.0, 2.0, kind=tuple), layers(3.0, kind=tuple)]
+    assert averaging.average(pair, missing="skip")["layers"][0]["w"].item() == 2.0
+    assert isinstance(averaging.average(pair, missing="skip")["layers"], tuple)
+    found = averaging.average([{"a": [np.zeros(1), np.ones(1)]}, {"a": {"1": np.ones(1)}}], missing="skip")
+    assert found == {"a": {1: np.ones(1)}}
+    assert list(
+        averaging.average([{"a": np.ones(1), "b": np.ones(1)}, {"a": {"c": 1.0}, "b": np.ones(1)}], missing="skip")
+    ) == ["b"]
+
+
+def test_a_sweep_makes_one_model_at_least() -> None:
+    for at_once in (0, -1):
+        with pytest.raises(jc.CheckpointError, match=f"at_once is {at_once}; .* 1 at least"):
+            averaging.wise_ft(TREE, TREE, fails, at_once=at_once)
+
+
+def test_a_point_of_a_line_is_one_number() -> None:
+    tree = {"w": jnp.ones(2)}
+    for t in (jnp.array([0.25]), np.array([0.25]), [0.25]):
+        with pytest.raises(jc.CheckpointError, match=r"t is float(32|64)\[1\]; it is one real number"):
+            averaging.interpolate(tree, tree, t)
+    with pytest.raises(jc.CheckpointError, match="one real number"):
+        averaging.interpolate(tree, tree, 1j)
+    assert averaging.interpolate(tree, tree, np.float32(0.25))["w"].tolist() == [1, 1]
+
+
+def test_average_to_tells_of_its_arguments_before_the_work() -> None:
+    with pytest.raises(TypeError, match=r"average_to\(\) got an unexpected argument 'polcy'; did you mean 'policy'"):
+        averaging.average_to("memory://arguments/none", ["memory://arguments/nowhere"], polcy="first")
+    with pytest.raises(TypeError, match=r"'bogus': it takes those of average\(\)"):
+        averaging.average_to("memory://arguments/none", ["memory://arguments/nowhere"], bogus=1)
+    with pytest.raises(jc.CheckpointError, match=r"metric is {'v': .*}, which cannot be kept as JSON: .*float32"):
+        averaging.average_to("memory://arguments/none", ["memory://arguments/nowhere"], metric={"v": np.float32(1)})

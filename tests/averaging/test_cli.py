@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import jaxckpt as jc
+from jaxckpt.averaging.posthoc import power_weights
 
 
 @pytest.fixture
@@ -55,3 +56,27 @@ def test_mistakes_are_told_and_leave_nothing(run: Path) -> None:
     assert "for 2 sources" in wrong.stderr
     assert not (run / "out").exists()
     assert jaxckpt(run / "1", run / "2", run / "3").returncode == 2
+
+
+def test_the_power_profile_is_over_the_steps_of_the_checkpoints(tmp_path: Path) -> None:
+    steps = [10, 20, 100]
+    for step in steps:
+        jc.save(tmp_path / f"run/ckpt-{step + 1}", {"w": np.full(1, float(step))}, step=step)
+    expected = power_weights(steps, 0.2)
+    named = jaxckpt(
+        tmp_path / "a", *(tmp_path / f"run/ckpt-{s + 1}" for s in steps), "--method=power", "--sigma-rel=0.2"
+    )
+    assert named.returncode == 0, named.stderr
+    assert jaxckpt(tmp_path / "b", "--of", tmp_path / "run", "--method=power", "--sigma-rel=0.2").returncode == 0
+    for name in ("a", "b"):
+        assert [one["weight"] for one in jc.inspect(tmp_path / name).parents] == pytest.approx(expected.tolist())
+    for name in ("x", "y"):
+        jc.save(tmp_path / name, {"w": np.zeros(1)})
+    wrong = jaxckpt(tmp_path / "c", tmp_path / "x", tmp_path / "y", "--method=power")
+    assert (wrong.returncode, "/x/ tells no step" in wrong.stderr) == (2, True)
+
+
+def test_a_policy_for_no_leaf_is_told(run: Path) -> None:
+    wrong = jaxckpt(run / "out", run / "1", run / "2", "--policy", "stp=first")
+    assert (wrong.returncode, 'policy: "stp" matches no leaf; the nearest name is "step"' in wrong.stderr) == (2, True)
+    assert not (run / "out").exists()
