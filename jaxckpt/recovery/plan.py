@@ -8,6 +8,7 @@ table 2) and give way to what is measured: ``observe``.
 import operator
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import SupportsIndex
 
 from jaxckpt.core.errors import InvalidArgumentError
 from jaxckpt.core.text import counted
@@ -152,7 +153,7 @@ class RecoveryPlan:
 
 
 def plan_recovery(
-    lost: int | Iterable[int],
+    lost: SupportsIndex | Iterable[int],
     layout: StageLayout,
     available: Available | None = None,
     cost: CostModel | None = None,
