@@ -76,7 +76,10 @@ def _check_devices(leaves: Sequence[NamedLeaf], plan: RecoveryPlan) -> None:
     first: NamedLeaf | None = None
     for leaf in leaves:
         devices = getattr(getattr(leaf.value, "sharding", None), "device_set", None)
-        if devices is None or plan.layout.placement(leaf.name).kind != "listed":
+        # Those that nobody has placed go wherever the program runs.
+        if devices is None or not getattr(leaf.value, "committed", True):
+            continue
+        if plan.layout.placement(leaf.name).kind != "listed":
             continue
         first = first or leaf
         if devices != first.value.sharding.device_set:

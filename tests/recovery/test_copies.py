@@ -37,8 +37,6 @@ def trained(layout: StageLayout, on: Any, *, updates: int = 3) -> tuple[dict[str
     params = {"stages": stacked if layout is STACKED else listed, "head": head}
     tx = optax.chain(stage_optimizer(optax.adam(1e-2), layout), scale_by_stage_lr(layout))
     state = {"params": params, "opt_state": tx.init(params)}
-    everywhere = NamedSharding(on, P())  # counts too: they are made on one device
-    state = jax.tree.map(lambda x: x if len(x.sharding.device_set) == on.size else jax.device_put(x, everywhere), state)
     for _ in range(updates):
         state = updated(state, tx)
     return state, tx
