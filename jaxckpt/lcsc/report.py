@@ -11,7 +11,7 @@ from jaxckpt.checkpoint.lineage import Lineage
 from jaxckpt.checkpoint.save import save
 from jaxckpt.core.errors import InvalidArgumentError
 from jaxckpt.core.text import counted
-from jaxckpt.lcsc.selection import Row
+from jaxckpt.lcsc.selection import Penalty, Row
 from jaxckpt.storage.url import Location, StorageOptions
 
 PyTree = Any
@@ -181,13 +181,15 @@ class Result:
             Lineage(path=place, step=at, weight=float(self.coefficients[k]) if one else None, method="lcsc")
             for k, (place, at) in enumerate(self.sources)
         ]
-        chosen = self.report.row(self.report.chosen)
+        chosen, settings = self.report.row(self.report.chosen), self.report.settings
+        penalty = Penalty(settings.get("l1_penalty") or 0.0, settings.get("negative_penalty") or 0.0)
+        added = float(penalty(chosen.coefficients[None])[0])
         averaging = {
             "method": "lcsc",
             "weights": self.coefficients.tolist()
             if one
             else dict(zip(self.report.groups, self.coefficients.tolist(), strict=True)),
-            "metric": {**self.report.settings.get("record", {}), "value": _plain(chosen.score)},
+            "metric": {**settings.get("record", {}), "value": _plain(chosen.score - added), "penalty": added},
         }
         save(
             path,

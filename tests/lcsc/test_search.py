@@ -289,7 +289,11 @@ def test_a_result_is_saved_with_its_lineage_and_report(tmp_path: Path) -> None:
     assert info.step == 50
     assert [parent["weight"] for parent in info.parents] == found.coefficients.tolist()
     assert [parent["step"] for parent in info.parents] == [0, 10, 20, 30, 40, 50]
-    assert info.metadata["averaging"]["metric"]["nfe"] == 1
+    metric = info.metadata["averaging"]["metric"]
+    assert metric["nfe"] == 1
+    assert metric["penalty"] >= 0
+    np.testing.assert_allclose(metric["value"] + metric["penalty"], found.report.row(found.report.chosen).score)
+    np.testing.assert_allclose(metric["value"], float(loss(found.params, jax.random.key(0))), atol=0.05)  # of noise
     told = info.metadata["lcsc"]
     assert told["settings"]["strategy"] == "evolution"
     assert told["settings"]["seed"] == 0
