@@ -1,8 +1,11 @@
 """Which leaves of a tree belong to which pipeline stage: rules over leaf names, the same for moments as for weights."""
 
+import operator
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import SupportsIndex
 
 from jaxckpt.core.errors import InvalidArgumentError
 from jaxckpt.core.tree import NamedLeaf
@@ -74,6 +77,19 @@ class StageLayout:
             raise InvalidArgumentError(f"stages={self.stages}, repeats={self.repeats}: at least 2 stages and 1 repeat.")
         if self.swap and self.stages < 4:
             raise InvalidArgumentError(f"swap=True needs at least 4 stages; stages={self.stages}.")
+        object.__setattr__(self, "rules", tuple(self.rules))
+        object.__setattr__(self, "outside", tuple(self.outside))
+
+    def lost_stages(self, lost: SupportsIndex | Iterable[int]) -> tuple[int, ...]:
+        """One stage or several as a tuple, ascending; an InvalidArgumentError for none, or one that there is not."""
+        several = lost if isinstance(lost, Iterable) else (lost,)
+        gone = tuple(sorted({operator.index(stage) for stage in several}))
+        if not gone or gone[0] < 0 or gone[-1] >= self.stages:
+            raise InvalidArgumentError(
+                f"lost={gone}: the layout has stages={self.stages}, so they are 0 to {self.stages - 1}. "
+                "Give one or more of these, or correct the layout."
+            )
+        return gone
 
     @property
     def blocks(self) -> int:

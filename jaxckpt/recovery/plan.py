@@ -5,7 +5,6 @@ priors are those of CheckFree's own tables (arXiv 2506.15461; 20 to 85 steps per
 table 2) and give way to what is measured: ``observe``.
 """
 
-import operator
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import SupportsIndex
@@ -176,10 +175,7 @@ def plan_recovery(
         ('average', (1, 3))
     """
     available, cost, policy = available or Available(), cost or CostModel(), policy or RecoveryPolicy()
-    several = lost if isinstance(lost, Iterable) else (lost,)
-    gone = tuple(sorted({operator.index(stage) for stage in several}))
-    if not gone or gone[0] < 0 or gone[-1] >= layout.stages:
-        raise InvalidArgumentError(f"lost={gone}: stages are 0 to {layout.stages - 1}, and at least one is lost.")
+    gone = layout.lost_stages(lost)
     if source is not None and source not in SOURCES:
         raise InvalidArgumentError(f"source={source!r} is not one of {SOURCES}.")
     options = [option for stage in gone for option in _options(stage, gone, layout, available, cost, policy)]

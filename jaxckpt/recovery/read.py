@@ -1,9 +1,8 @@
 """A lost stage's own weights from a checkpoint: only the chunks that hold them are read."""
 
-import operator
 import time
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, SupportsIndex
 
 import jax
 import numpy as np
@@ -14,7 +13,6 @@ from jaxckpt.checkpoint.place import want_like
 from jaxckpt.checkpoint.source import open_source
 from jaxckpt.core.box import Box, from_index, intersect, whole
 from jaxckpt.core.dtypes import dtype_of, mover
-from jaxckpt.core.errors import InvalidArgumentError
 from jaxckpt.core.events import Restored, emit
 from jaxckpt.core.tree import NamedLeaf, PyTree, flatten
 from jaxckpt.plan.shards import device_boxes
@@ -26,7 +24,7 @@ from jaxckpt.transfer.upload import Target
 def read_stage(
     path: Location,
     layout: StageLayout,
-    lost: int | Iterable[int],
+    lost: SupportsIndex | Iterable[int],
     like: PyTree,
     *,
     options: StorageOptions | None = None,
@@ -60,13 +58,7 @@ def read_stage(
         [0.0, 0.0, 2.0, 0.0]
     """
     began = time.perf_counter()
-    several = lost if isinstance(lost, Iterable) else (lost,)
-    gone = tuple(sorted({operator.index(stage) for stage in several}))
-    if not gone or gone[0] < 0 or gone[-1] >= layout.stages:
-        raise InvalidArgumentError(
-            f"lost={gone}: the layout has stages={layout.stages}, so they are 0 to {layout.stages - 1}. "
-            "Give one or more of these, or correct the layout."
-        )
+    gone = layout.lost_stages(lost)
     source = open_source(open_store(path, options))
     places, differences = Places(source.structure), Differences()
     jobs: list[_Job] = []
