@@ -70,7 +70,7 @@ def average(
         eval_params: ``state -> tree``, the point to average of each source (one function, or one per source): an EMA
             subtree, ``optax.contrib.schedule_free_eval_params``... Traced once; a leaf of its result reads only
             the leaves of the state that it depends on.
-        accumulate: ``"auto"``, ``"float64"``, ``"float32"`` (pairs; what ``"auto"`` takes on TPUs).
+        accumulate: ``"float64"``, ``"float32"`` (pairs), or ``"auto"``: float64, but pairs for what is summed on TPUs.
         dtype: of floating results, where ``like`` does not say; a complex one is of complex results.
         where: ``"host"`` sums on the CPU and moves one model to the devices, ``"device"`` sums on the devices.
             ``"auto"``: on the host for CPU and numpy results of one process, else on the devices.
@@ -226,7 +226,8 @@ def average_opened(
             lambda one, filled: values[place[id(one)]].extend(
                 finished(one.want, one.entry, each.finish()) for each in filled
             ),
-            how=how,
+            how="float64" if accumulate == "auto" else how,
+            plain=accumulate == "auto",
         )
         read_bytes = {k: read_bytes.get(k, 0) + more.get(k, 0) for k in {*read_bytes, *more}}
     _copy(sources, plan.results, values, plan.models, read_bytes)

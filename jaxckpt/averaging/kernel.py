@@ -60,7 +60,8 @@ def add_terms(
     Args:
         accumulators: of P sums so far, or None for a start.
         terms: K arrays of one shape: floating, integer or boolean.
-        parts: the weights as ``split_weights`` gives them, float32 [3, P, K].
+        parts: the weights as ``split_weights`` gives them, float32 [3, P, K], or [3, P, K, ...] of weights that
+            broadcast with the terms.
         how: "float64" or "float32" (pairs).
     """
     sums = list(accumulators) if accumulators is not None else [None] * parts.shape[1]
@@ -71,7 +72,7 @@ def add_terms(
             # Products are rounded before they are added, as numpy does it: where terms cancel to nothing, what is left
             # is rounding, and then at least it is the same. XLA would contract both to one fused multiply-add; it
             # cannot see that these bits stay as they are.
-            lead = lax.optimization_barrier(parts[0, 0, 0])
+            lead = lax.optimization_barrier(jnp.ravel(parts)[0])
             nothing = (lead != lead).astype(jnp.uint64)  # 0; were it NaN, all is
             for p in range(len(sums)):
                 for k, term in enumerate(wide):

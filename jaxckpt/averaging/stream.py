@@ -5,6 +5,7 @@ XLA, the next is read. Memory beyond the results: two slots of rows, and the acc
 is read once, so one that is larger than a slot is a bucket of its own, and its sources are added one after the other.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ import numpy as np
 
 from jaxckpt.averaging.cells import cells
 from jaxckpt.averaging.kernel import add_terms, add_words, finish, finish_words, split_weights
+from jaxckpt.averaging.plain import are_plain, plain_sums
 from jaxckpt.averaging.plan import Sum
 from jaxckpt.averaging.reading import Destination
 from jaxckpt.checkpoint.source import Source
@@ -30,6 +32,7 @@ BUCKET_BYTES = 1024 * 1024  # of one source; a larger stored chunk makes a large
 SLOT_BYTES = 24 * 1024 * 1024  # rows of all sources that are read together; there are two slots; twice that for P > 1
 LARGE_ELEMENTS = 1024 * 1024  # rows above are padded by an eighth at most, others to a power of two
 AHEAD_BYTES = 64 * 1024 * 1024  # larger rows, as of a large chunk of another library, are not read ahead
+BLOCK_ELEMENTS = 4096  # P sums are made of so many elements of all rows, which the processor's cache holds meanwhile
 
 
 class Piece(NamedTuple):
@@ -64,7 +67,7 @@ class Slot:
     """Memory for the rows of one step, and the results of the last program that reads it."""
 
     memory: np.ndarray
-    busy: list[Any]
+    busy: Any
     adopted: tuple[Any, jax.Array] | None = None
 
 
@@ -75,15 +78,17 @@ def stream_sums(
     close: Callable[[Sum, list[Destination]], None],
     *,
     how: str,
+    plain: bool,
 ) -> dict[int, int]:
     """Sum all of these; returns the bytes read by source.
 
-    ``open_destinations`` gives P destinations and the boxes that they hold; ``close`` gets them filled.
+    ``open_destinations`` gives P destinations and the boxes that they hold; ``close`` gets them filled. ``plain`` lets
+    numpy sum what is over before a program is compiled; the results are the same.
     """
     stores = [getattr(source, "store", None) for source in sources]
     threads = min(max(getattr(store, "parallel_io", 2) for store in stores), 16)
     with ThreadPoolExecutor(threads, thread_name_prefix="jaxckpt-average") as pool, jax.enable_x64(True):
-        stream = _Stream(sources, close, how, pool, threads)
+        stream = _Stream(sources, close, how, plain and are_plain(sums), pool, threads)
         try:
             for group in _alike(sums):
                 stream.run(group[0], _buckets(group, sources, open_destinations))
@@ -143,17 +148,19 @@ class _Stream:
         sources: Sequence[Source],
         close: Callable[[Sum, list[Destination]], None],
         how: str,
+        plain: bool,
         pool: ThreadPoolExecutor,
         threads: int,
     ) -> None:
-        self.sources, self.close, self.how, self.pool, self.threads = sources, close, how, pool, threads
+        self.sources, self.close, self.how, self.plain = sources, close, how, plain
+        self.pool, self.threads = pool, threads
         self.read_bytes: dict[int, int] = {}
         self.slots = [Slot(np.zeros(0, np.uint8), []) for _ in range(2)]
         self.parts: dict[Any, jax.Array] = {}  # weights, on the device
         self.turn = 0
         self.cpu = jax.local_devices(backend="cpu")[0]
         self.pending: Callable[[], None] | None = None  # the program of the step that is being read
-        self.unwritten: tuple[Bucket, list[Any], np.dtype] | None = None
+        self.unwritten: tuple[Bucket, Any, np.dtype] | None = None
 
     def run(self, one: Sum, buckets: Iterator[Bucket]) -> None:
         """All buckets of one group of leaves."""
@@ -252,22 +259,27 @@ class _Stream:
         for future in futures:
             for source, size in future.result().items():
                 self.read_bytes[source] = self.read_bytes.get(source, 0) + size
+        found = self._summed(one, group, slot, rows, None if first else sums[0], is_last=last)
+        sums[0] = None if last else found
+        if last:
+            self._write_last()
+            self.unwritten = (bucket, found, one.dtype)
+
+    def _summed(self, one: Sum, group: Sequence[int], slot: Slot, rows: np.ndarray, sums: Any, *, is_last: bool) -> Any:
+        """``sums`` and these rows; of the last rows, the results."""
         dtype = one.dtypes[group[0]]
+        if self.plain:
+            return plain_sums(rows.view(dtype), one.weights[:, list(group)], sums, one.dtype if is_last else None)
         words = dtype.name == "bfloat16" and len(set(one.dtypes)) == 1 and self.how == "float64"
         data, doubled = _viewed(rows, dtype, words)
         key = (one.weights.tobytes(), tuple(group))
         if key not in self.parts:
             self.parts[key] = jax.device_put(split_weights(one.weights[:, list(group)]), self.cpu)
-        parts = self.parts[key]
-        out = (one.dtype if not doubled or one.dtype.kind != "c" else np.finfo(one.dtype).dtype) if last else None
+        out = (one.dtype if not doubled or one.dtype.kind != "c" else np.finfo(one.dtype).dtype) if is_last else None
         staged = self._staged(slot, data)
         program = _add_words if words else _add_rows
-        found = program(staged, parts, None if first else sums[0], how=self.how, out=_staged_out(out))
-        sums[0] = None if last else found
-        slot.busy = found
-        if last:
-            self._write_last()
-            self.unwritten = (bucket, found, one.dtype)
+        slot.busy = program(staged, self.parts[key], sums, how=self.how, out=_staged_out(out))
+        return slot.busy
 
     def _staged(self, slot: Slot, data: np.ndarray) -> jax.Array:
         """The rows for XLA, which adopts the memory of a slot: the array of one step serves the next, too."""
@@ -279,20 +291,18 @@ class _Stream:
             slot.adopted = (key, array)
         return slot.adopted[1]
 
-    def _write(self, bucket: Bucket, found: list[Any], dtype: np.dtype) -> None:
-        flat = []
-        for each in found:
-            array = np.asarray(each)
-            if is_packed(dtype):
-                array = array.astype(dtype)
-            elif array.dtype != dtype:
-                array = array.reshape(-1).view(dtype)
-            flat.append(array.view(mover(dtype)))
+    def _write(self, bucket: Bucket, found: Any, dtype: np.dtype) -> None:
+        array = np.asarray(found)
+        if is_packed(dtype):
+            array = array.astype(dtype)
+        elif array.dtype != dtype:
+            array = array.view(dtype)
+        array = array.view(mover(dtype))
         for piece in bucket.pieces:
             job = piece.job
             if not job.targets:
                 job.targets = [_by_box(destination.targets()) for destination in job.destinations]
-        tasks = [(bucket.pieces, data, p) for p, data in enumerate(flat)]
+        tasks = [(bucket.pieces, array, p) for p in range(array.shape[1])]
         if len(tasks) == 1:
             _put(tasks[0])
         else:  # the first touch of P models is the slowest part
@@ -306,8 +316,9 @@ class _Stream:
 
 
 def _put(task: tuple[list[Piece], np.ndarray, int]) -> None:
-    """The elements of one result, from the row of a bucket to where they belong."""
-    pieces, data, p = task
+    """The elements of one result, from the blocks of a bucket [B, P, elements] to where they belong."""
+    pieces, blocks, p = task
+    data = blocks[:, p].reshape(-1)
     for piece in pieces:
         if not piece.box.size:
             continue
@@ -361,16 +372,31 @@ def _viewed(rows: np.ndarray, dtype: np.dtype, words: bool) -> tuple[np.ndarray,
 
 
 @partial(jax.jit, static_argnames=("how", "out"), donate_argnums=2)
-def _add_rows(rows: jax.Array, parts: Any, sums: Any, *, how: str, out: Any) -> list[Any]:
-    found = add_terms(sums, [rows[k] for k in range(rows.shape[0])], parts, how=how)
-    return found if out is None else [finish(total, out) for total in found]
+def _add_rows(rows: jax.Array, parts: Any, sums: Any, *, how: str, out: Any) -> Any:
+    """``sums`` [B, P, n / B] and the weighted rows [K, n], in blocks; rounded to ``out`` unless that is None."""
+    terms, parts = _blocks(rows, parts)
+    (total,) = add_terms(None if sums is None else [sums], terms, parts, how=how)
+    return total if out is None else finish(total, out)
 
 
 @partial(jax.jit, static_argnames=("how", "out"), donate_argnums=2)
-def _add_words(rows: jax.Array, parts: Any, sums: Any, *, how: str, out: Any) -> list[Any]:
-    found = add_words(sums, [rows[k] for k in range(rows.shape[0])], parts)
+def _add_words(rows: jax.Array, parts: Any, sums: Any, *, how: str, out: Any) -> Any:
+    del how
+    terms, parts = _blocks(rows, parts)
+    (pair,) = add_words(None if sums is None else [sums], terms, parts)
     if out is None:
-        return found
+        return pair
     if out == jnp.bfloat16:
-        return [finish_words(pair) for pair in found]
-    return [jnp.stack([finish(half, out) for half in pair], axis=-1).reshape(-1) for pair in found]
+        return finish_words(pair)
+    return jnp.stack([finish(half, out) for half in pair], axis=-1).reshape(*pair[0].shape[:2], -1)
+
+
+def _blocks(rows: jax.Array, parts: Any) -> tuple[list[jax.Array], Any]:
+    """K terms [B, 1, n / B] and the weights [3, 1, K, 1, P, 1] of the one sum [B, P, n / B] that they make.
+
+    As P sums of one loop they would be P * K terms, written out: a second of compiling for 16 of 20.
+    """
+    count, elements = rows.shape
+    size = math.gcd(elements, BLOCK_ELEMENTS) if parts.shape[1] > 1 else elements
+    terms = rows.reshape(count, elements // size, 1, size)
+    return [terms[k] for k in range(count)], jnp.moveaxis(jnp.asarray(parts), 1, 2)[:, None, :, None, :, None]

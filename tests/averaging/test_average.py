@@ -73,7 +73,7 @@ def check(found: Any, weights: np.ndarray = SIGNED) -> None:
     assert found["ids"].tolist() == [4, 5, 6]
 
 
-@pytest.mark.parametrize("accumulate", ["float64", "float32"])
+@pytest.mark.parametrize("accumulate", ["auto", "float64", "float32"])
 def test_stored_checkpoints_are_averaged_within_one_ulp(stored: list[str], accumulate: Any) -> None:
     found = average(stored, SIGNED, only=lambda name: name != "f64", accumulate=accumulate) | {
         "f64": weighted(np.stack([values_of(k)["f64"] for k in range(K)]), SIGNED)
@@ -85,19 +85,49 @@ def test_float64_is_kept_on_the_host(stored: list[str]) -> None:
     check(average(stored, SIGNED))
 
 
-def test_live_trees_and_checkpoints_mix(stored: list[str]) -> None:
-    check(average([stored[0], values_of(1), stored[2], values_of(3), stored[4]], SIGNED))
-    check(average([values_of(k) for k in range(K)], SIGNED))
+@pytest.mark.parametrize("accumulate", ["auto", "float64"])
+def test_live_trees_and_checkpoints_mix(stored: list[str], accumulate: Any) -> None:
+    check(average([stored[0], values_of(1), stored[2], values_of(3), stored[4]], SIGNED, accumulate=accumulate))
+    check(average([values_of(k) for k in range(K)], SIGNED, accumulate=accumulate))
+
+
+FLOATS = [
+    "bfloat16", "float16", "float32", "float64", "complex64", "complex128", "float8_e3m4", "float8_e4m3",
+    "float8_e4m3b11fnuz", "float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FLOATS)
+@pytest.mark.parametrize("models", [1, 3])
+def test_small_sums_without_a_program_are_those_of_the_program(name: str, models: int) -> None:
+    rng = np.random.default_rng(0)
+    dtype = np.dtype(getattr(ml_dtypes, name, None) or name)
+    if dtype.itemsize == 1:  # every value that there is
+        trees = [{"x": rng.integers(0, 256, 3000, np.uint8).view(dtype)} for _ in range(K)]
+    else:
+        trees = [{"x": (30 * rng.standard_normal(3000 * (1 + (dtype.kind == "c"))))} for _ in range(K)]
+        trees = [{"x": (t["x"].view(np.complex128) if dtype.kind == "c" else t["x"]).astype(dtype)} for t in trees]
+        trees[0]["x"][:4] = [np.inf, -np.inf, np.nan, -0.0]
+    weights = 9 * rng.standard_normal((models, K))
+    plain, compiled = (average(trees, weights, accumulate=how) for how in ("auto", "float64"))
+    for a, b in zip(plain, compiled, strict=True):
+        x, y = a["x"], b["x"]
+        assert x.dtype == y.dtype == dtype
+        if dtype.kind == "c":
+            x, y = (each.view(np.finfo(dtype).dtype) for each in (x, y))
+        is_nan = np.isnan(x.astype(np.float64))
+        assert (is_nan == np.isnan(y.astype(np.float64))).all()
+        assert x[~is_nan].tobytes() == y[~is_nan].tobytes()
 
 
 @pytest.mark.parametrize("ahead", [0, 4 * 1024, 1024 * 1024])
 def test_small_slots_and_buckets_change_nothing(stored: list[str], monkeypatch: pytest.MonkeyPatch, ahead: int) -> None:
-    expected = average(stored, SIGNED)
+    expected = average(stored, SIGNED, accumulate="float64")
     monkeypatch.setattr(stream, "SLOT_BYTES", 64 * 1024)
     monkeypatch.setattr(stream, "BUCKET_BYTES", 16 * 1024)
     monkeypatch.setattr(cells, "LARGEST_CELL_BYTES", 32 * 1024)
     monkeypatch.setattr(stream, "AHEAD_BYTES", ahead)
-    found = average(stored, SIGNED)
+    found = average(stored, SIGNED, accumulate="float64")
     check(found)
     for name in DTYPES:
         assert found[name].tobytes() == expected[name].tobytes()
@@ -145,15 +175,16 @@ def test_every_stored_byte_is_read_once_and_sources_of_weight_zero_not_at_all(st
     assert sum(read.values()) <= 1.02 * (size[1] + size[3]) + 2000
 
 
+@pytest.mark.parametrize("accumulate", ["auto", "float64", "float32"])
 @pytest.mark.parametrize("where", ["host", "device"])
-def test_p_models_are_those_of_p_calls(stored: list[str], where: Any) -> None:
+def test_p_models_are_those_of_p_calls(stored: list[str], where: Any, accumulate: Any) -> None:
     weights = np.random.default_rng(0).standard_normal((3, K))
     only = ["f32", "bf16", "large", "layers", "step", "ids"]
     like = (lambda name, spec: jax.sharding.SingleDeviceSharding(jax.devices()[1])) if where == "device" else None
-    together = average(stored, weights, only=only, like=like, where=where)
+    together = average(stored, weights, only=only, like=like, where=where, accumulate=accumulate)
     assert len(together) == 3
     for p in range(3):
-        alone = average(stored, weights[p], only=only, like=like, where=where)
+        alone = average(stored, weights[p], only=only, like=like, where=where, accumulate=accumulate)
         for a, b in zip(jax.tree.leaves(together[p]), jax.tree.leaves(alone), strict=True):
             assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
     assert together[0]["ids"] is not together[1]["ids"]
@@ -171,14 +202,15 @@ def test_weights_by_path(stored: list[str]) -> None:
         average(stored, {"layers": one[0]})
 
 
-def test_the_result_has_the_dtype_of_like(stored: list[str]) -> None:
+@pytest.mark.parametrize("accumulate", ["auto", "float64"])
+def test_the_result_has_the_dtype_of_like(stored: list[str], accumulate: Any) -> None:
     like = {"f32": jnp.zeros((48, 33), jnp.bfloat16), "bf16": np.zeros((48, 33), np.float32), "lr": 0.0, "step": 0}
-    found = average(stored, SIGNED, like=like, only=["f32", "bf16", "lr", "step"])
+    found = average(stored, SIGNED, like=like, only=["f32", "bf16", "lr", "step"], accumulate=accumulate)
     assert isinstance(found["f32"], jax.Array)
     assert (found["f32"].dtype, found["bf16"].dtype) == (jnp.bfloat16, np.float32)
     for name in ("f32", "bf16"):
         assert ulps(found[name], weighted(np.stack([values_of(k)[name] for k in range(K)]), SIGNED)) <= 1
-    assert average(stored, only="bf16", dtype=np.float32)["bf16"].dtype == np.float32
+    assert average(stored, only="bf16", dtype=np.float32, accumulate=accumulate)["bf16"].dtype == np.float32
 
 
 POLICIES = {
@@ -334,15 +366,17 @@ def test_an_average_is_saved_with_its_lineage(stored: list[str], tmp_path: Path)
 COMPLEX = [{"c": np.array([1 + 2j, 3 + 4j], np.complex64), "w": np.ones(2, np.float32), "n": 1.6}] * 2
 
 
+@pytest.mark.parametrize("accumulate", ["auto", "float64"])
 @pytest.mark.parametrize("where", ["host", "device"])
 @pytest.mark.parametrize("weights", [None, [1, 0]])
-def test_a_real_dtype_leaves_complex_and_integer_leaves_as_they_are(where: Any, weights: Any) -> None:
+def test_a_real_dtype_leaves_complex_and_integer_leaves_as_they_are(where: Any, weights: Any, accumulate: Any) -> None:
     trees = [{**tree, "i": np.arange(3)} for tree in COMPLEX]
-    found = average(trees, weights, dtype=ml_dtypes.bfloat16, where=where, policy={"i": "average"})
+    how: Any = {"where": where, "accumulate": accumulate}
+    found = average(trees, weights, dtype=ml_dtypes.bfloat16, policy={"i": "average"}, **how)
     assert found["c"].dtype == np.complex64
     assert found["c"].tolist() == [1 + 2j, 3 + 4j]
     assert (found["w"].dtype, found["i"].dtype) == (ml_dtypes.bfloat16, np.int64)
-    assert average(trees, weights, dtype=np.complex128, where=where)["w"].dtype == np.float32
+    assert average(trees, weights, dtype=np.complex128, **how)["w"].dtype == np.float32
     with pytest.raises(jc.CheckpointError, match="dtype is int32; it is that of floating results"):
         average(trees, weights, dtype=np.int32, where=where)
 
@@ -364,11 +398,12 @@ def test_what_like_cannot_hold_is_refused(where: Any, weights: Any, name: str, d
             average(COMPLEX, weights, like={name: leaf}, only=name, where=where)
 
 
+@pytest.mark.parametrize("accumulate", ["auto", "float64"])
 @pytest.mark.parametrize("where", ["host", "device"])
-def test_like_may_hold_more(where: Any) -> None:
+def test_like_may_hold_more(where: Any, accumulate: Any) -> None:
     like = {"w": np.zeros(2, np.complex64), "i": jax.ShapeDtypeStruct((3,), np.float32)}
     trees = [{"w": np.full(2, k, np.float32), "i": np.arange(3) + k} for k in range(2)]
-    found = average(trees, like=like, policy={"i": "average"}, where=where)
+    found = average(trees, like=like, policy={"i": "average"}, where=where, accumulate=accumulate)
     assert found["w"].tolist() == [0.5 + 0j, 0.5 + 0j]
     assert found["i"].tolist() == [0.5, 1.5, 2.5]
 

@@ -88,7 +88,7 @@ def test_a_chunk_of_orbax_is_decoded_once(
         "tiles": NamedSharding(mesh(2), P("b", "a")),
     }.get(like)
     wanted = np.zeros(SHAPE, np.float32) if like == "host" else jax.ShapeDtypeStruct(SHAPE, np.float32, sharding=place)
-    found = average_opened(sources, SIGNED, like={"w": wanted}, where="host")["w"]
+    found = average_opened(sources, SIGNED, like={"w": wanted}, where="host", accumulate="float64")["w"]
     assert ulps(found, weighted(stack, SIGNED)) <= 1
     for counter in counters:
         assert len(counter.decoded) == (8 if saved == "sharded" else 1)
@@ -103,7 +103,7 @@ def test_chunks_of_ours_and_of_orbax_mix(tmp_path: Path, dtype: Any) -> None:
     weights = np.stack([SIGNED, SIGNED[::-1]])
     events: list[Any] = []
     stop = subscribe(events.append)
-    found = average([tmp_path / "ours", paths[0], {"w": stack[2]}], weights)
+    found = average([tmp_path / "ours", paths[0], {"w": stack[2]}], weights, accumulate="float64")
     stop()
     for p in range(2):
         assert ulps(found[p]["w"], weighted(stack[[1, 0, 2]], weights[p])) <= 1
