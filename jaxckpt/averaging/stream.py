@@ -5,7 +5,6 @@ XLA, the next is read. Memory beyond the results: two slots of rows, and the acc
 is read once, so one that is larger than a slot is a bucket of its own, and its sources are added one after the other.
 """
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -13,14 +12,14 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxckpt.averaging.cells import cells
-from jaxckpt.averaging.kernel import add_terms, add_words, finish, finish_words, split_weights
+from jaxckpt.averaging.kernel import split_weights
 from jaxckpt.averaging.plain import are_plain, plain_sums
 from jaxckpt.averaging.plan import Sum
 from jaxckpt.averaging.reading import Destination
+from jaxckpt.averaging.rows import ROW_GAP_BYTES, add_rows, add_words, staged_out, viewed
 from jaxckpt.checkpoint.source import Source
 from jaxckpt.core.box import Box, intersect
 from jaxckpt.core.dtypes import is_packed, mover
@@ -32,7 +31,6 @@ BUCKET_BYTES = 1024 * 1024  # of one source; a larger stored chunk makes a large
 SLOT_BYTES = 24 * 1024 * 1024  # rows of all sources that are read together; there are two slots; twice that for P > 1
 LARGE_ELEMENTS = 1024 * 1024  # rows above are padded by an eighth at most, others to a power of two
 AHEAD_BYTES = 64 * 1024 * 1024  # larger rows, as of a large chunk of another library, are not read ahead
-BLOCK_ELEMENTS = 4096  # P sums are made of so many elements of all rows, which the processor's cache holds meanwhile
 
 
 class Piece(NamedTuple):
@@ -87,7 +85,7 @@ def stream_sums(
     """
     stores = [getattr(source, "store", None) for source in sources]
     threads = min(max(getattr(store, "parallel_io", 2) for store in stores), 16)
-    with ThreadPoolExecutor(threads, thread_name_prefix="jaxckpt-average") as pool, jax.enable_x64(True):
+    with ThreadPoolExecutor(threads + 1, thread_name_prefix="jaxckpt-average") as pool, jax.enable_x64(True):
         stream = _Stream(sources, close, how, plain and are_plain(sums), pool, threads)
         try:
             for group in _alike(sums):
@@ -161,6 +159,7 @@ class _Stream:
         self.cpu = jax.local_devices(backend="cpu")[0]
         self.pending: Callable[[], None] | None = None  # the program of the step that is being read
         self.unwritten: tuple[Bucket, Any, np.dtype] | None = None
+        self.writing: tuple[Bucket, list[Future[None]]] | None = None
 
     def run(self, one: Sum, buckets: Iterator[Bucket]) -> None:
         """All buckets of one group of leaves."""
@@ -195,6 +194,7 @@ class _Stream:
         if self.pending is not None:
             self.pending()
         self._write_last()
+        self._close_last()
 
     def _finished_slot(self) -> Slot:
         """The slot of the step before, after it: rows, sums and results of one step are in memory, and not of two."""
@@ -203,23 +203,39 @@ class _Stream:
             self.pending()
         self.pending = None
         self._write_last()
+        self._close_last()
         jax.block_until_ready(slot.busy)
         slot.busy = []
         return slot
 
     def _write_last(self) -> None:
+        """Put the results of the last bucket that is summed where they belong, beside what is read meanwhile."""
+        self._close_last()
         if self.unwritten is not None:
-            self._write(*self.unwritten)
+            self.writing = (self.unwritten[0], self._write(*self.unwritten))
         self.unwritten = None
+
+    def _close_last(self) -> None:
+        """Wait for what is being written, and hand on the leaves that are whole."""
+        pieces, futures = ([], []) if self.writing is None else (self.writing[0].pieces, self.writing[1])
+        self.writing = None
+        for future in futures:
+            future.result()
+        for piece in pieces:
+            job = piece.job
+            job.left -= 1
+            if job.listed and not job.left:
+                self.close(job.sum, job.destinations)
+                job.targets, job.destinations = [], []
 
     def _read(
         self, slot: Slot, one: Sum, bucket: Bucket, group: Sequence[int]
     ) -> tuple[np.ndarray, list[Future[dict[int, int]]]]:
         dtype = one.dtypes[group[0]]
-        size = len(group) * bucket.elements * dtype.itemsize
+        size = len(group) * (bucket.elements * dtype.itemsize + ROW_GAP_BYTES)
         if slot.memory.nbytes < size:
             slot.memory = aligned(size)
-        rows = slot.memory[:size].view(mover(dtype)).reshape(len(group), bucket.elements)
+        rows = slot.memory[:size].view(mover(dtype)).reshape(len(group), -1)
         wanted = []
         for row, k in zip(rows, group, strict=True):
             targets: dict[int, tuple[Target, ...]] = {}
@@ -259,26 +275,38 @@ class _Stream:
         for future in futures:
             for source, size in future.result().items():
                 self.read_bytes[source] = self.read_bytes.get(source, 0) + size
-        found = self._summed(one, group, slot, rows, None if first else sums[0], is_last=last)
+        found = self._summed(one, bucket, group, slot, rows, None if first else sums[0], is_last=last)
         sums[0] = None if last else found
         if last:
             self._write_last()
             self.unwritten = (bucket, found, one.dtype)
 
-    def _summed(self, one: Sum, group: Sequence[int], slot: Slot, rows: np.ndarray, sums: Any, *, is_last: bool) -> Any:
+    def _summed(
+        self,
+        one: Sum,
+        bucket: Bucket,
+        group: Sequence[int],
+        slot: Slot,
+        rows: np.ndarray,
+        sums: Any,
+        *,
+        is_last: bool,
+    ) -> Any:
         """``sums`` and these rows; of the last rows, the results."""
         dtype = one.dtypes[group[0]]
         if self.plain:
-            return plain_sums(rows.view(dtype), one.weights[:, list(group)], sums, one.dtype if is_last else None)
+            row = rows[:, : bucket.elements].view(dtype)
+            return plain_sums(row, one.weights[:, list(group)], sums, one.dtype if is_last else None)
         words = dtype.name == "bfloat16" and len(set(one.dtypes)) == 1 and self.how == "float64"
-        data, doubled = _viewed(rows, dtype, words)
+        data, doubled = viewed(rows, dtype, words)
         key = (one.weights.tobytes(), tuple(group))
         if key not in self.parts:
             self.parts[key] = jax.device_put(split_weights(one.weights[:, list(group)]), self.cpu)
         out = (one.dtype if not doubled or one.dtype.kind != "c" else np.finfo(one.dtype).dtype) if is_last else None
         staged = self._staged(slot, data)
-        program = _add_words if words else _add_rows
-        slot.busy = program(staged, self.parts[key], sums, how=self.how, out=_staged_out(out))
+        program = add_words if words else add_rows
+        size = data.shape[1] * bucket.elements // rows.shape[1]
+        slot.busy = program(staged, self.parts[key], sums, size=size, how=self.how, out=staged_out(out))
         return slot.busy
 
     def _staged(self, slot: Slot, data: np.ndarray) -> jax.Array:
@@ -291,7 +319,7 @@ class _Stream:
             slot.adopted = (key, array)
         return slot.adopted[1]
 
-    def _write(self, bucket: Bucket, found: Any, dtype: np.dtype) -> None:
+    def _write(self, bucket: Bucket, found: Any, dtype: np.dtype) -> list[Future[None]]:
         array = np.asarray(found)
         if is_packed(dtype):
             array = array.astype(dtype)
@@ -302,22 +330,11 @@ class _Stream:
             job = piece.job
             if not job.targets:
                 job.targets = [_by_box(destination.targets()) for destination in job.destinations]
-        tasks = [(bucket.pieces, array, p) for p in range(array.shape[1])]
-        if len(tasks) == 1:
-            _put(tasks[0])
-        else:  # the first touch of P models is the slowest part
-            list(self.pool.map(_put, tasks))
-        for piece in bucket.pieces:
-            job = piece.job
-            job.left -= 1
-            if job.listed and not job.left:
-                self.close(job.sum, job.destinations)
-                job.targets, job.destinations = [], []
+        return [self.pool.submit(_put, bucket.pieces, array, p) for p in range(array.shape[1])]
 
 
-def _put(task: tuple[list[Piece], np.ndarray, int]) -> None:
+def _put(pieces: list[Piece], blocks: np.ndarray, p: int) -> None:
     """The elements of one result, from the blocks of a bucket [B, P, elements] to where they belong."""
-    pieces, blocks, p = task
     data = blocks[:, p].reshape(-1)
     for piece in pieces:
         if not piece.box.size:
@@ -354,49 +371,3 @@ def _by_box(targets: Sequence[Target]) -> dict[Box, list[np.ndarray]]:
     for target in targets:
         found.setdefault(target.box, []).append(target.data)
     return found
-
-
-def _staged_out(dtype: np.dtype | None) -> np.dtype | None:
-    return np.dtype(np.float32) if dtype is not None and is_packed(dtype) else dtype
-
-
-def _viewed(rows: np.ndarray, dtype: np.dtype, words: bool) -> tuple[np.ndarray, bool]:
-    """The rows as what the program gets, and whether an element is two numbers there."""
-    if words:
-        return rows.view(np.uint32), True
-    if dtype.kind == "c":
-        return rows.view(dtype).view(np.finfo(dtype).dtype), True
-    if is_packed(dtype):
-        return rows.view(dtype).astype(np.float32), False  # XLA would keep two to a byte
-    return rows.view(dtype), False
-
-
-@partial(jax.jit, static_argnames=("how", "out"), donate_argnums=2)
-def _add_rows(rows: jax.Array, parts: Any, sums: Any, *, how: str, out: Any) -> Any:
-    """``sums`` [B, P, n / B] and the weighted rows [K, n], in blocks; rounded to ``out`` unless that is None."""
-    terms, parts = _blocks(rows, parts)
-    (total,) = add_terms(None if sums is None else [sums], terms, parts, how=how)
-    return total if out is None else finish(total, out)
-
-
-@partial(jax.jit, static_argnames=("how", "out"), donate_argnums=2)
-def _add_words(rows: jax.Array, parts: Any, sums: Any, *, how: str, out: Any) -> Any:
-    del how
-    terms, parts = _blocks(rows, parts)
-    (pair,) = add_words(None if sums is None else [sums], terms, parts)
-    if out is None:
-        return pair
-    if out == jnp.bfloat16:
-        return finish_words(pair)
-    return jnp.stack([finish(half, out) for half in pair], axis=-1).reshape(*pair[0].shape[:2], -1)
-
-
-def _blocks(rows: jax.Array, parts: Any) -> tuple[list[jax.Array], Any]:
-    """K terms [B, 1, n / B] and the weights [3, 1, K, 1, P, 1] of the one sum [B, P, n / B] that they make.
-
-    As P sums of one loop they would be P * K terms, written out: a second of compiling for 16 of 20.
-    """
-    count, elements = rows.shape
-    size = math.gcd(elements, BLOCK_ELEMENTS) if parts.shape[1] > 1 else elements
-    terms = rows.reshape(count, elements // size, 1, size)
-    return [terms[k] for k in range(count)], jnp.moveaxis(jnp.asarray(parts), 1, 2)[:, None, :, None, :, None]

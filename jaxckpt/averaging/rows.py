@@ -1,0 +1,65 @@
+"""The programs that add weighted rows of stored elements, and the rows as these programs get them."""
+
+import math
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxckpt.averaging.kernel import add_terms, finish, finish_words
+from jaxckpt.averaging.kernel import add_words as add_word_terms
+from jaxckpt.core.dtypes import is_packed
+
+ROW_GAP_BYTES = 192  # between rows: where all begin at multiples of a large power of two, caches hold few of them
+BLOCK_ELEMENTS = 4096  # P sums are made of so many elements of all rows, which the processor's cache holds meanwhile
+
+
+def staged_out(dtype: np.dtype | None) -> np.dtype | None:
+    """What the program rounds to: elements that XLA packs are packed by nobody else, and come as float32."""
+    return np.dtype(np.float32) if dtype is not None and is_packed(dtype) else dtype
+
+
+def viewed(rows: np.ndarray, dtype: np.dtype, words: bool) -> tuple[np.ndarray, bool]:
+    """The rows as what the program gets, and whether an element is two numbers there."""
+    if words:
+        return rows.view(np.uint32), True
+    if dtype.kind == "c":
+        return rows.view(dtype).view(np.finfo(dtype).dtype), True
+    if is_packed(dtype):
+        return rows.view(dtype).astype(np.float32), False  # XLA would keep two to a byte
+    return rows.view(dtype), False
+
+
+@partial(jax.jit, static_argnames=("size", "how", "out"), donate_argnums=2)
+def add_rows(rows: jax.Array, parts: Any, sums: Any, *, size: int, how: str, out: Any) -> Any:
+    """``sums`` [B, P, size / B] and the weighted rows [K, size and the gap]; rounded to ``out`` unless that is None."""
+    terms, parts = _blocks(rows, parts, size)
+    (total,) = add_terms(None if sums is None else [sums], terms, parts, how=how)
+    return total if out is None else finish(total, out)
+
+
+@partial(jax.jit, static_argnames=("size", "how", "out"), donate_argnums=2)
+def add_words(rows: jax.Array, parts: Any, sums: Any, *, size: int, how: str, out: Any) -> Any:
+    """``add_rows`` of bfloat16 rows as words of two elements, in float64."""
+    del how
+    terms, parts = _blocks(rows, parts, size)
+    (pair,) = add_word_terms(None if sums is None else [sums], terms, parts)
+    if out is None:
+        return pair
+    if out == jnp.bfloat16:
+        return finish_words(pair)
+    return jnp.stack([finish(half, out) for half in pair], axis=-1).reshape(*pair[0].shape[:2], -1)
+
+
+def _blocks(rows: jax.Array, parts: Any, size: int) -> tuple[list[jax.Array], Any]:
+    """K terms [B, 1, size / B] and the weights [3, 1, K, 1, P, 1] of the one sum [B, P, size / B] that they make.
+
+    As P sums of one loop they would be P * K terms, written out: a second of compiling for 16 of 20.
+    """
+    block = math.gcd(size, BLOCK_ELEMENTS) if parts.shape[1] > 1 else size
+    shape = (size // block, 1, block)
+    terms = [lax.slice(rows, (k, 0), (k + 1, size)).reshape(shape) for k in range(rows.shape[0])]
+    return terms, jnp.moveaxis(jnp.asarray(parts), 1, 2)[:, None, :, None, :, None]
