@@ -251,12 +251,14 @@ def fetch(source: Source, wants: list[Want], *, timeout_s: float = TIMEOUT_S) ->
             results[place] = want.convert(plain_value(source.leaves[want.leaf]))
     if jax.process_count() > 1 and any(map(is_shared, wants)):  # alike on all processes
         with Together(source.url, timeout_s) as together:
-            for batch in _batches(source, stored):
+            for batch, _ in _batches(source, stored):
                 read_bytes += _finish(source, batch, _fill(source, batch, together), results)
         return results, read_bytes
     with ThreadPoolExecutor(1, thread_name_prefix="jaxckpt-fill") as reader:
         before: tuple[list[_Job], Future[int]] | None = None
-        for batch in _batches(source, stored):
+        for batch, is_last in _batches(source, stored):
+            if is_last and before is None:  # nothing to make meanwhile, so no thread
+                return results, _finish(source, batch, _fill(source, batch, None), results)
             if before is not None:
                 done = before[1].result()
             reading = reader.submit(_fill, source, batch, None)
@@ -268,7 +270,8 @@ def fetch(source: Source, wants: list[Want], *, timeout_s: float = TIMEOUT_S) ->
     return results, read_bytes
 
 
-def _batches(source: Source, wants: list[tuple[int, Want]]) -> Iterator[list[_Job]]:
+def _batches(source: Source, wants: list[tuple[int, Want]]) -> Iterator[tuple[list[_Job], bool]]:
+    """The batches, and whether each is known to be the last."""
     batch: list[_Job] = []
     size, allocation = 0, Allocation()
     for place, want in wants:
@@ -277,11 +280,11 @@ def _batches(source: Source, wants: list[tuple[int, Want]]) -> Iterator[list[_Jo
         size += _batch_bytes(source, job)
         if size >= STAGING_BYTES:
             allocation.make()
-            yield batch
+            yield batch, False
             batch, size, allocation = [], 0, Allocation()
     if batch:
         allocation.make()
-        yield batch
+        yield batch, True
 
 
 def _batch_bytes(source: Source, job: _Job) -> int:

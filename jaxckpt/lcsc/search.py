@@ -163,10 +163,8 @@ def search(
     single = np.eye(shape.count)[_spaced(shape.count, 0 if space == "simplex" else SINGLES)]
     alone = _limited(single, shape)
     cost = GRADIENT_COST if uses_gradient else population
-    # evosax is loaded, and the strategy's programs are compiled, while checkpoints are read and first evaluated.
     with ThreadPoolExecutor(1, thread_name_prefix="jaxckpt-search") as pool:
         pool.submit(warm_keys, root)
-        making = pool.submit(make_strategy, strategy, population=population, size=shape.size, options=options or {})
         sources = made_together(like, lambda: open_sources(places, eval_params, storage))
         check_opened(sources, like=like, only=only)  # whether they fit together
         how = {"like": like, "only": only}
@@ -182,6 +180,9 @@ def search(
             mesh=mesh,
             axis=axis,
         )
+        # evosax is loaded, and the strategy's programs are compiled, while the first models are evaluated: not while
+        # checkpoints are read, where each file would wait for the interpreter.
+        making = pool.submit(make_strategy, strategy, population=population, size=shape.size, options=options or {})
         if options:
             making.result()  # one that there is not is told before anything is evaluated
         if uses_gradient and not isinstance(evaluate, Resident):
