@@ -1,14 +1,16 @@
 """Sum stored leaves on the host, bucket by bucket, straight into the memory of the results.
 
-A bucket is a flat row of elements per source, packed from pieces of one or many leaves. While one bucket is summed by
-XLA, the next is read. Memory beyond the results: two slots of rows, and the accumulators of one bucket. A stored chunk
-is read once, so one that is larger than a slot is a bucket of its own, and its sources are added one after the other.
+A bucket is a flat row of elements per source, packed from pieces of one or many leaves. Two workers each take a bucket,
+read its rows, have XLA sum them, and put the sums where they belong: one reads while the other sums. Memory beyond the
+results: a slot of rows for each worker, and the accumulators of its bucket. A stored chunk is read once, so one that is
+larger than a slot is a bucket of its own, and its sources are added one after the other.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed, wait
 from dataclasses import dataclass, field
-from functools import partial
+from itertools import chain, repeat
+from threading import Lock
 from typing import Any, NamedTuple
 
 import jax
@@ -28,9 +30,10 @@ from jaxckpt.transfer.arena import aligned
 from jaxckpt.transfer.upload import Target
 
 BUCKET_BYTES = 1024 * 1024  # of one source; a larger stored chunk makes a larger bucket
-SLOT_BYTES = 24 * 1024 * 1024  # rows of all sources that are read together; there are two slots; twice that for P > 1
+WORKERS = 2
+SLOT_BYTES = 24 * 1024 * 1024  # rows of all sources that are read together, of a worker; twice that for P > 1
 LARGE_ELEMENTS = 1024 * 1024  # rows above are padded by an eighth at most, others to a power of two
-AHEAD_BYTES = 64 * 1024 * 1024  # larger rows, as of a large chunk of another library, are not read ahead
+ALONE_BYTES = 64 * 1024 * 1024  # larger rows, as of a large chunk of another library, are those of one worker at a time
 
 
 class Piece(NamedTuple):
@@ -62,10 +65,9 @@ class Bucket(NamedTuple):
 
 @dataclass(slots=True, eq=False)
 class Slot:
-    """Memory for the rows of one step, and the results of the last program that reads it."""
+    """Memory for the rows of one bucket, and the array for XLA that has adopted it."""
 
-    memory: np.ndarray
-    busy: Any
+    memory: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint8))
     adopted: tuple[Any, jax.Array] | None = None
 
 
@@ -85,14 +87,23 @@ def stream_sums(
     """
     stores = [getattr(source, "store", None) for source in sources]
     threads = min(max(getattr(store, "parallel_io", 2) for store in stores), 16)
-    with ThreadPoolExecutor(threads + 1, thread_name_prefix="jaxckpt-average") as pool, jax.enable_x64(True):
-        stream = _Stream(sources, close, how, plain and are_plain(sums), pool, threads)
+    plain = plain and are_plain(sums)
+    items = chain.from_iterable(
+        zip(repeat(group[0]), _buckets(group, sources, open_destinations), strict=False) for group in _alike(sums)
+    )
+    with (
+        ThreadPoolExecutor(threads, thread_name_prefix="jaxckpt-average-read") as readers,
+        ThreadPoolExecutor(WORKERS, thread_name_prefix="jaxckpt-average") as workers,
+    ):
+        stream = _Stream(sources, items, close, how, plain, readers, max(threads // WORKERS, 1))
         try:
-            for group in _alike(sums):
-                stream.run(group[0], _buckets(group, sources, open_destinations))
-            stream.drain()
+            if plain:
+                stream.work()
+            else:
+                for done in as_completed([workers.submit(stream.work) for _ in range(WORKERS)]):
+                    done.result()
         finally:
-            pool.shutdown(wait=True, cancel_futures=True)  # nothing may write to a slot any more
+            stream.stop()
     return stream.read_bytes
 
 
@@ -139,102 +150,61 @@ def _padded(elements: int) -> int:
 
 
 class _Stream:
-    """Reads ahead by one step, and writes results one step behind."""
+    """What the workers share."""
 
     def __init__(
         self,
         sources: Sequence[Source],
+        items: Iterator[tuple[Sum, Bucket]],
         close: Callable[[Sum, list[Destination]], None],
         how: str,
         plain: bool,
-        pool: ThreadPoolExecutor,
-        threads: int,
+        readers: ThreadPoolExecutor,
+        at_once: int,
     ) -> None:
-        self.sources, self.close, self.how, self.plain = sources, close, how, plain
-        self.pool, self.threads = pool, threads
+        self.sources, self.items, self.close, self.how, self.plain = sources, items, close, how, plain
+        self.readers, self.at_once = readers, at_once
         self.read_bytes: dict[int, int] = {}
-        self.slots = [Slot(np.zeros(0, np.uint8), []) for _ in range(2)]
         self.parts: dict[Any, jax.Array] = {}  # weights, on the device
-        self.turn = 0
         self.cpu = jax.local_devices(backend="cpu")[0]
-        self.pending: Callable[[], None] | None = None  # the program of the step that is being read
-        self.unwritten: tuple[Bucket, Any, np.dtype] | None = None
-        self.writing: tuple[Bucket, list[Future[None]]] | None = None
+        self.lock = Lock()  # of the buckets, the jobs and the bytes read
+        self.alone, self.large = Lock(), Slot()
 
-    def run(self, one: Sum, buckets: Iterator[Bucket]) -> None:
-        """All buckets of one group of leaves."""
-        sums: list[Any] = [None]  # the accumulators of the bucket under way
-        for bucket in buckets:
-            groups = _groups(one, bucket.elements)
-            for number, group in enumerate(groups):
-                slot = self.slots[self.turn % 2]
-                if bucket.elements * one.dtypes[group[0]].itemsize > AHEAD_BYTES:
-                    slot = self._finished_slot()
+    def work(self) -> None:
+        """Take one bucket after the other until there is none left."""
+        slot = Slot()
+        with jax.enable_x64(True):  # a setting of each thread
+            while True:
+                with self.lock:
+                    one, bucket = next(self.items, (None, None))
+                if one is None or bucket is None:
+                    return
+                if bucket.elements * max(dtype.itemsize for dtype in one.dtypes) > ALONE_BYTES:
+                    with self.alone:
+                        self._put_sums(one, bucket, self.large)
                 else:
-                    self.turn += 1
-                jax.block_until_ready(slot.busy)
-                rows, futures = self._read(slot, one, bucket, group)
-                if self.pending is not None:
-                    self.pending()
-                self.pending = partial(
-                    self._add,
-                    one,
-                    bucket,
-                    group,
-                    slot,
-                    rows,
-                    futures,
-                    sums,
-                    first=number == 0,
-                    last=group is groups[-1],
-                )
+                    self._put_sums(one, bucket, slot)
 
-    def drain(self) -> None:
-        """Finish what is under way."""
-        if self.pending is not None:
-            self.pending()
-        self._write_last()
-        self._close_last()
+    def stop(self) -> None:
+        """Begin no other bucket."""
+        with self.lock:
+            self.items = iter(())
 
-    def _finished_slot(self) -> Slot:
-        """The slot of the step before, after it: rows, sums and results of one step are in memory, and not of two."""
-        slot = self.slots[(self.turn - 1) % 2]
-        if self.pending is not None:
-            self.pending()
-        self.pending = None
-        self._write_last()
-        self._close_last()
-        jax.block_until_ready(slot.busy)
-        slot.busy = []
-        return slot
+    def _put_sums(self, one: Sum, bucket: Bucket, slot: Slot) -> None:
+        sums: Any = None
+        groups = _groups(one, bucket.elements)
+        for group in groups:
+            rows = self._read(slot, one, bucket, group)
+            sums = self._summed(one, bucket, group, slot, rows, sums, is_last=group is groups[-1])
+            jax.block_until_ready(sums)  # the rows are read by nothing any more
+        self._write(bucket, sums, one.dtype)
 
-    def _write_last(self) -> None:
-        """Put the results of the last bucket that is summed where they belong, beside what is read meanwhile."""
-        self._close_last()
-        if self.unwritten is not None:
-            self.writing = (self.unwritten[0], self._write(*self.unwritten))
-        self.unwritten = None
-
-    def _close_last(self) -> None:
-        """Wait for what is being written, and hand on the leaves that are whole."""
-        pieces, futures = ([], []) if self.writing is None else (self.writing[0].pieces, self.writing[1])
-        self.writing = None
-        for future in futures:
-            future.result()
-        for piece in pieces:
-            job = piece.job
-            job.left -= 1
-            if job.listed and not job.left:
-                self.close(job.sum, job.destinations)
-                job.targets, job.destinations = [], []
-
-    def _read(
-        self, slot: Slot, one: Sum, bucket: Bucket, group: Sequence[int]
-    ) -> tuple[np.ndarray, list[Future[dict[int, int]]]]:
+    def _read(self, slot: Slot, one: Sum, bucket: Bucket, group: Sequence[int]) -> np.ndarray:
+        """Rows of these sources, with what lies between them."""
         dtype = one.dtypes[group[0]]
         size = len(group) * (bucket.elements * dtype.itemsize + ROW_GAP_BYTES)
         if slot.memory.nbytes < size:
-            slot.memory = aligned(size)
+            slot.adopted, slot.memory = None, aligned(size)
         rows = slot.memory[:size].view(mover(dtype)).reshape(len(group), -1)
         wanted = []
         for row, k in zip(rows, group, strict=True):
@@ -245,8 +215,17 @@ class _Stream:
                 if piece.box.size:
                     targets[leaf] = (*targets.get(leaf, ()), Target(piece.box, data))
             wanted.append((one.sources[k], targets))
-        futures = [self.pool.submit(self._fill, wanted[i :: self.threads]) for i in range(self.threads)]
-        return rows, futures
+        if self.at_once == 1:
+            found = [self._fill(wanted)]
+        else:
+            parts = [wanted[i :: self.at_once] for i in range(self.at_once)]
+            futures = [self.readers.submit(self._fill, part) for part in parts]
+            wait(futures)  # also where one has failed: none writes to the slot any more
+            found = [future.result() for future in futures]
+        with self.lock:
+            for source, size in chain.from_iterable(each.items() for each in found):
+                self.read_bytes[source] = self.read_bytes.get(source, 0) + size
+        return rows
 
     def _fill(self, wanted: Sequence[tuple[int, dict[int, tuple[Target, ...]]]]) -> dict[int, int]:
         """Read rows of several sources, one after the other; the bytes read by source."""
@@ -258,28 +237,6 @@ class _Stream:
                 error.add_note(f"While averaging {self.sources[source].url}, source {source} of {len(self.sources)}.")
                 raise
         return found
-
-    def _add(
-        self,
-        one: Sum,
-        bucket: Bucket,
-        group: Sequence[int],
-        slot: Slot,
-        rows: np.ndarray,
-        futures: list[Future[dict[int, int]]],
-        sums: list[Any],
-        *,
-        first: bool,
-        last: bool,
-    ) -> None:
-        for future in futures:
-            for source, size in future.result().items():
-                self.read_bytes[source] = self.read_bytes.get(source, 0) + size
-        found = self._summed(one, bucket, group, slot, rows, None if first else sums[0], is_last=last)
-        sums[0] = None if last else found
-        if last:
-            self._write_last()
-            self.unwritten = (bucket, found, one.dtype)
 
     def _summed(
         self,
@@ -306,8 +263,7 @@ class _Stream:
         staged = self._staged(slot, data)
         program = add_words if words else add_rows
         size = data.shape[1] * bucket.elements // rows.shape[1]
-        slot.busy = program(staged, self.parts[key], sums, size=size, how=self.how, out=staged_out(out))
-        return slot.busy
+        return program(staged, self.parts[key], sums, size=size, how=self.how, out=staged_out(out))
 
     def _staged(self, slot: Slot, data: np.ndarray) -> jax.Array:
         """The rows for XLA, which adopts the memory of a slot: the array of one step serves the next, too."""
@@ -319,18 +275,29 @@ class _Stream:
             slot.adopted = (key, array)
         return slot.adopted[1]
 
-    def _write(self, bucket: Bucket, found: Any, dtype: np.dtype) -> list[Future[None]]:
+    def _write(self, bucket: Bucket, found: Any, dtype: np.dtype) -> None:
+        """Put the results where they belong, and hand on the leaves that are whole."""
         array = np.asarray(found)
         if is_packed(dtype):
             array = array.astype(dtype)
         elif array.dtype != dtype:
             array = array.view(dtype)
         array = array.view(mover(dtype))
-        for piece in bucket.pieces:
-            job = piece.job
-            if not job.targets:
-                job.targets = [_by_box(destination.targets()) for destination in job.destinations]
-        return [self.pool.submit(_put, bucket.pieces, array, p) for p in range(array.shape[1])]
+        with self.lock:
+            for job in {id(piece.job): piece.job for piece in bucket.pieces}.values():
+                if not job.targets:
+                    job.targets = [_by_box(destination.targets()) for destination in job.destinations]
+        for p in range(array.shape[1]):
+            _put(bucket.pieces, array, p)
+        whole = []
+        with self.lock:
+            for piece in bucket.pieces:
+                piece.job.left -= 1
+                if piece.job.listed and not piece.job.left:
+                    whole.append(piece.job)
+        for job in whole:
+            self.close(job.sum, job.destinations)
+            job.targets, job.destinations = [], []
 
 
 def _put(pieces: list[Piece], blocks: np.ndarray, p: int) -> None:

@@ -126,7 +126,7 @@ def test_small_slots_and_buckets_change_nothing(stored: list[str], monkeypatch: 
     monkeypatch.setattr(stream, "SLOT_BYTES", 64 * 1024)
     monkeypatch.setattr(stream, "BUCKET_BYTES", 16 * 1024)
     monkeypatch.setattr(cells, "LARGEST_CELL_BYTES", 32 * 1024)
-    monkeypatch.setattr(stream, "AHEAD_BYTES", ahead)
+    monkeypatch.setattr(stream, "ALONE_BYTES", ahead)
     found = average(stored, SIGNED, accumulate="float64")
     check(found)
     for name in DTYPES:

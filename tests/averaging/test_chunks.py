@@ -65,13 +65,13 @@ def save_orbax(folder: Path, stack: np.ndarray, sharding: Any = None) -> list[Pa
     return [folder / f"{k}" for k in range(len(stack))]
 
 
-@pytest.mark.parametrize("ahead", [0, stream.AHEAD_BYTES])
+@pytest.mark.parametrize("ahead", [0, stream.ALONE_BYTES])
 @pytest.mark.parametrize("like", ["host", "one device", "rows", "columns", "tiles"])
 @pytest.mark.parametrize("saved", ["whole", "sharded"])
 def test_a_chunk_of_orbax_is_decoded_once(
     tmp_path: Path, saved: str, like: str, ahead: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stream, "AHEAD_BYTES", ahead)
+    monkeypatch.setattr(stream, "ALONE_BYTES", ahead)
     monkeypatch.setattr(cells, "LARGEST_CELL_BYTES", 1024 * 1024)
     stack = stack_of(SHAPE)
     paths = save_orbax(tmp_path, stack, NamedSharding(mesh(8), P("a")) if saved == "sharded" else None)
