@@ -58,7 +58,7 @@ format: $(VENV)/.lint
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
-bench: $(VENV)/.demo
+bench: $(VENV)/.test
 	$(VENV)/bin/python -m benchmarks
 
 studies: $(VENV)/.demo

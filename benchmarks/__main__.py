@@ -15,7 +15,17 @@ sys.path.insert(0, str(HERE))  # the scripts find their helpers beside them
 
 from _common import Table, as_markdown, facts  # noqa: E402
 
-SCRIPTS = ("save_restore", "reshard", "memory", "planning", "trace_save", "stall", "averaging", "recovery_time")
+SCRIPTS = (
+    "save_restore",
+    "reshard",
+    "memory",
+    "planning",
+    "trace_save",
+    "stall",
+    "averaging",
+    "lcsc_overhead",
+    "recovery_time",
+)
 INTRODUCTION = """\
 # Benchmarks
 

@@ -57,7 +57,7 @@ def add_words(rows: jax.Array, parts: Any, sums: Any, *, size: int, how: str, ou
 def _blocks(rows: jax.Array, parts: Any, size: int) -> tuple[list[jax.Array], Any]:
     """K terms [B, 1, size / B] and the weights [3, 1, K, 1, P, 1] of the one sum [B, P, size / B] that they make.
 
-    As P sums of one loop they would be P * K terms, written out: a second of compiling for 16 of 20.
+    As P sums of one loop they would be P * K terms, written out, and compile as long as they run.
     """
     block = math.gcd(size, BLOCK_ELEMENTS) if parts.shape[1] > 1 else size
     shape = (size // block, 1, block)
