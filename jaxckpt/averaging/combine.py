@@ -26,7 +26,7 @@ def combine(stacked: PyTree, weights: Any, *, accumulate: Accumulate = "auto", d
     Args:
         stacked: leaves [K, ...]. Floating and complex leaves are combined; of integer, boolean and PRNG-key leaves the
             last is taken.
-        weights: [K] for one tree, or [P, K] for P trees at once, which reads the stack once.
+        weights: [K] for one tree, or [P, K] for P trees at once.
         accumulate: "auto", "float64", or "float32" (pairs).
         dtype: of the floating results, or of the complex ones if it is complex; that of each leaf by default.
 
@@ -201,8 +201,8 @@ def _program(leaves: list[jax.Array], parts: Any, *, how: str, dtypes: tuple[Any
         if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
             half = jnp.finfo(dtype).dtype
             halves = [weighted_sums(part(leaf), parts, how=how, dtype=half) for part in (jnp.real, jnp.imag)]
-            sums = [jax.lax.complex(real, imaginary) for real, imaginary in zip(*halves, strict=True)]
+            sums = jax.lax.complex(*halves)
         else:
             sums = weighted_sums(leaf, parts, how=how, dtype=dtype)
-        found.append(jnp.stack(sums) if many else sums[0])
+        found.append(sums if many else sums[0])
     return found

@@ -104,29 +104,37 @@ def sum_parts(parts: Any) -> jax.Array:
     return first + (second + third)
 
 
-def weighted_sums(stack: jax.Array, parts: Any, *, how: str, dtype: Any) -> list[jax.Array]:
-    """For every p the sum over k of ``weights[p, k] * stack[k]``, rounded once to ``dtype``.
+def weighted_sums(stack: jax.Array, parts: Any, *, how: str, dtype: Any) -> jax.Array:
+    """For every p the sum over k of ``weights[p, k] * stack[k]``, rounded once to ``dtype``: [P, ...].
 
-    ``stack`` is [K, ...] of any real dtype, ``parts`` float32 [3, P, K].
+    ``stack`` is [K, ...] of any real dtype, ``parts`` float32 [3, P, K]. P sums are one array, so that K terms are
+    compiled, and not P * K.
     """
     count = stack.shape[0]
     if _is_paired(stack, dtype, how):
         return _paired_bfloat16(stack, parts)
+    parts = along(parts, stack.ndim - 1)
     if count <= UNROLLED:
-        sums = add_terms(None, [stack[k] for k in range(count)], parts, how=how)
-        return [finish(total, dtype) for total in sums]
+        (total,) = add_terms(None, [stack[k : k + 1] for k in range(count)], parts, how=how)
+        return finish(total, dtype)
     block = UNROLLED // 2
     first = count - count // block * block or block
-    sums = add_terms(None, [stack[k] for k in range(first)], parts[:, :, :first], how=how)
+    sums = add_terms(None, [stack[k : k + 1] for k in range(first)], parts[:, :, :first], how=how)
 
     def more(i: Any, sums: list[Accumulator]) -> list[Accumulator]:
         start = first + i * block
         terms = lax.dynamic_slice_in_dim(stack, start, block)
-        factors = lax.dynamic_slice_in_dim(jnp.asarray(parts), start, block, axis=2)
-        return add_terms(sums, [terms[k] for k in range(block)], factors, how=how)
+        factors = lax.dynamic_slice_in_dim(parts, start, block, axis=2)
+        return add_terms(sums, [terms[k : k + 1] for k in range(block)], factors, how=how)
 
-    sums = lax.fori_loop(0, (count - first) // block, more, sums)
-    return [finish(total, dtype) for total in sums]
+    (total,) = lax.fori_loop(0, (count - first) // block, more, sums)
+    return finish(total, dtype)
+
+
+def along(parts: Any, dimensions: int) -> jax.Array:
+    """Weights [3, P, K] as [3, 1, K, P, 1, ...]: of one sum [P, ...] whose elements have so many dimensions more."""
+    moved = jnp.moveaxis(jnp.asarray(parts), 1, 2)[:, None]
+    return moved.reshape(*moved.shape, *(1,) * dimensions)
 
 
 def add_words(accumulators: list[Any] | None, words: Sequence[jax.Array], parts: Any) -> list[tuple[Any, Any]]:
@@ -161,11 +169,10 @@ def _is_paired(stack: jax.Array, dtype: Any, how: str) -> bool:
     return even and stack.dtype == jnp.bfloat16 == dtype and how == "float64" and jax.default_backend() == "cpu"
 
 
-def _paired_bfloat16(stack: jax.Array, parts: Any) -> list[jax.Array]:
+def _paired_bfloat16(stack: jax.Array, parts: Any) -> jax.Array:
     words = lax.bitcast_convert_type(stack.reshape(*stack.shape[:-1], stack.shape[-1] // 2, 2), jnp.uint32)
-    sums = add_words(None, [words[k] for k in range(stack.shape[0])], parts)
-    halves = [lax.bitcast_convert_type(finish_words(pair), jnp.bfloat16) for pair in sums]
-    return [half.reshape(stack.shape[1:]) for half in halves]
+    (pair,) = add_words(None, [words[k : k + 1] for k in range(stack.shape[0])], along(parts, words.ndim - 1))
+    return lax.bitcast_convert_type(finish_words(pair), jnp.bfloat16).reshape(parts.shape[1], *stack.shape[1:])
 
 
 def _rounded_bits(value: jax.Array) -> jax.Array:

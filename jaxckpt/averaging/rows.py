@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxckpt.averaging.kernel import add_terms, finish, finish_words
+from jaxckpt.averaging.kernel import add_terms, along, finish, finish_words
 from jaxckpt.averaging.kernel import add_words as add_word_terms
 from jaxckpt.core.dtypes import is_packed
 
@@ -62,4 +62,4 @@ def _blocks(rows: jax.Array, parts: Any, size: int) -> tuple[list[jax.Array], An
     block = math.gcd(size, BLOCK_ELEMENTS) if parts.shape[1] > 1 else size
     shape = (size // block, 1, block)
     terms = [lax.slice(rows, (k, 0), (k + 1, size)).reshape(shape) for k in range(rows.shape[0])]
-    return terms, jnp.moveaxis(jnp.asarray(parts), 1, 2)[:, None, :, None, :, None]
+    return terms, along(parts, 1)[:, :, :, None]

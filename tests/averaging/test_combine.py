@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -41,13 +44,35 @@ def test_complex_leaves_are_combined() -> None:
     assert ulps(found.imag, weighted(stack.imag, w)) <= 1
 
 
-def test_p_trees_are_those_of_p_calls() -> None:
-    stack = {"x": jnp.asarray(random_stack(6, (5, 8), np.float32)), "n": jnp.arange(6)}
-    w = np.random.default_rng(0).standard_normal((4, 6))
-    together = combine(stack, w)
+@pytest.mark.parametrize("accumulate", ["float64", "float32"])
+@pytest.mark.parametrize(
+    ("dtype", "k"),
+    [(np.float32, 6), (np.float32, 100), (ml_dtypes.bfloat16, 6), (np.complex64, 6), (ml_dtypes.float8_e5m2, 6)],
+)
+def test_p_trees_are_those_of_p_calls(dtype: type, accumulate: Any, k: int) -> None:
+    stack = {"x": jnp.asarray(random_stack(k, (5, 8), dtype)), "s": jnp.arange(k) / 7, "n": jnp.arange(k)}
+    w = np.random.default_rng(0).standard_normal((4, k))
+    together = combine(stack, w, accumulate=accumulate)
     for p in range(4):
-        assert together["x"][p].tobytes() == combine(stack, w[p])["x"].tobytes()
-    assert together["n"].tolist() == [5] * 4
+        alone = combine(stack, w[p], accumulate=accumulate)
+        assert together["x"][p].tobytes() == alone["x"].tobytes()
+        assert together["s"][p].tobytes() == alone["s"].tobytes()
+    assert together["n"].tolist() == [k - 1] * 4
+
+
+def test_a_program_for_many_trees_is_as_long_as_that_for_one() -> None:
+    stack = {"x": jnp.ones((20, 5, 8)), "b": jnp.ones((20, 6), jnp.bfloat16)}
+    programs = [jax.jit(partial(combine, weights=np.ones((p, 20)))) for p in (1, 16)]
+    one, many = (program.lower(stack).as_text() for program in programs)
+    assert len(many.splitlines()) < 1.3 * len(one.splitlines())
+
+
+def test_the_stack_may_be_sharded_for_p_trees(mesh_4x2: jax.sharding.Mesh) -> None:
+    stack, w = random_stack(6, (8, 16), np.float32), np.random.default_rng(0).standard_normal((3, 6))
+    sharded = jax.device_put(stack, NamedSharding(mesh_4x2, P(None, "data", "model")))
+    found = jax.jit(lambda s: combine(s, w))(sharded)
+    assert found.sharding.is_equivalent_to(NamedSharding(mesh_4x2, P(None, "data", "model")), 3)
+    assert found.tobytes() == combine(jnp.asarray(stack), w).tobytes()
 
 
 def test_one_tree_with_weight_one_comes_back_to_the_bit() -> None:
