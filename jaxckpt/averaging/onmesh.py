@@ -11,9 +11,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Sharding
+from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
-from jaxckpt.averaging.kernel import add_terms, finish, split_weights
+from jaxckpt.averaging.kernel import add_terms, along, finish, split_weights
 from jaxckpt.averaging.plan import Sum
 from jaxckpt.averaging.reading import Want
 from jaxckpt.averaging.sources import arrays_of
@@ -71,30 +71,42 @@ def _buckets(sums: Sequence[Sum]) -> Iterator[list[Sum]]:
 
 @lru_cache(maxsize=256)
 def _start(sharding: Sharding, how: str) -> Any:
-    return jax.jit(lambda value, parts: _terms(value, parts, None, how), out_shardings=sharding)
+    return jax.jit(lambda value, parts: _terms(value, parts, None, how), out_shardings=_stacked(sharding))
 
 
 @lru_cache(maxsize=256)
 def _add(sharding: Sharding, how: str) -> Any:
     return jax.jit(
-        lambda value, parts, total: _terms(value, parts, total, how), out_shardings=sharding, donate_argnums=2
+        lambda value, parts, total: _terms(value, parts, total, how),
+        out_shardings=_stacked(sharding),
+        donate_argnums=2,
     )
 
 
 @lru_cache(maxsize=256)
 def _finish(sharding: Sharding, dtype: Any) -> Any:
-    if jnp.issubdtype(dtype, jnp.complexfloating):
-        half = jnp.finfo(dtype).dtype
-        return jax.jit(
-            lambda total: [jax.lax.complex(finish(a, half), finish(b, half)) for a, b in zip(*total, strict=True)],
-            out_shardings=sharding,
-        )
-    return jax.jit(lambda total: [finish(each, dtype) for each in total[0]], out_shardings=sharding)
+    def finished(totals: list[Any]) -> list[jax.Array]:
+        if jnp.issubdtype(dtype, jnp.complexfloating):
+            real, *imaginary = (finish(total, jnp.finfo(dtype).dtype) for total in totals)
+            found = jax.lax.complex(real, imaginary[0] if imaginary else jnp.zeros_like(real))
+        else:
+            found = finish(totals[0], dtype)
+        return [found[p] for p in range(found.shape[0])]
+
+    return jax.jit(finished, out_shardings=sharding)
 
 
-def _terms(value: jax.Array, parts: Any, total: Any, how: str) -> list[list[Any]]:
-    """Sums of the value, or of its real and of its imaginary part."""
+def _stacked(sharding: Sharding) -> Sharding | None:
+    """Of P arrays with this sharding, as one; None where XLA may choose."""
+    if isinstance(sharding, NamedSharding):
+        return NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec), memory_kind=sharding.memory_kind)
+    return sharding if isinstance(sharding, SingleDeviceSharding) else None
+
+
+def _terms(value: jax.Array, parts: Any, total: Any, how: str) -> list[Any]:
+    """P sums [P, ...] of the value, or of its real and of its imaginary part."""
     is_complex = jnp.issubdtype(value.dtype, jnp.complexfloating)
     halves = [jnp.real(value), jnp.imag(value)] if is_complex else [value]
-    before = [None] * len(halves) if total is None else total
-    return [add_terms(old, [half], parts, how=how) for half, old in zip(halves, before, strict=True)]
+    before = [None] * len(halves) if total is None else [[old] for old in total]
+    parts = along(parts, value.ndim)
+    return [add_terms(old, [half[None]], parts, how=how)[0] for half, old in zip(halves, before, strict=True)]

@@ -401,7 +401,10 @@ def test_what_like_cannot_hold_is_refused(where: Any, weights: Any, name: str, d
 @pytest.mark.parametrize("accumulate", ["auto", "float64"])
 @pytest.mark.parametrize("where", ["host", "device"])
 def test_like_may_hold_more(where: Any, accumulate: Any) -> None:
-    like = {"w": np.zeros(2, np.complex64), "i": jax.ShapeDtypeStruct((3,), np.float32)}
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[1])
+    like: dict[str, Any] = {"w": np.zeros(2, np.complex64), "i": jax.ShapeDtypeStruct((3,), np.float32)}
+    if where == "device":
+        like = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place) for name, leaf in like.items()}
     trees = [{"w": np.full(2, k, np.float32), "i": np.arange(3) + k} for k in range(2)]
     found = average(trees, like=like, policy={"i": "average"}, where=where, accumulate=accumulate)
     assert found["w"].tolist() == [0.5 + 0j, 0.5 + 0j]
