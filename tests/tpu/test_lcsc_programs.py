@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxckpt.averaging.combine import combine
-from jaxckpt.averaging.onmesh import _add, _finish, _start
+from jaxckpt.averaging.onmesh import _add, _finish, _stacked, _start
 from jaxckpt.lcsc.evaluate import Program, _contracted, _scores, _slopes
 from jaxckpt.lcsc.merge import Form, Lora, make_form
 from jaxckpt.lcsc.selection import Penalty
@@ -119,23 +119,28 @@ def test_combine_moves_nothing_between_devices(name: str, models: int | None) ->
     assert found.temp_bytes <= 2 * found.output_bytes + 2**20
 
 
+@pytest.mark.parametrize("models", [1, 4])
 @pytest.mark.parametrize("name", SMALL)
-def test_sums_of_an_average_are_kept_in_place(name: str) -> None:
-    """One donating multiply-add per source: no collective, and no memory beyond the accumulators."""
+def test_sums_of_an_average_are_kept_in_place(name: str, models: int) -> None:
+    """One donating multiply-add per source: no collective, and no memory beyond the accumulators.
+
+    For several results the parts of the term that they share are a few arrays of its size.
+    """
     on = mesh(name, (4, 4), ("data", "model"))
     home = NamedSharding(on, PartitionSpec("data", "model"))
     value = jax.ShapeDtypeStruct((8192, 8192), jnp.bfloat16, sharding=home)
-    weights = jax.ShapeDtypeStruct((3, 1, 1), jnp.float32, sharding=NamedSharding(on, PartitionSpec()))
+    weights = jax.ShapeDtypeStruct((3, models, 1), jnp.float32, sharding=NamedSharding(on, PartitionSpec()))
     shard = 8192 * 8192 // 16
     first = compile_for_slice(_start(home, "float32"), value, weights)
-    total = [[tuple(jax.ShapeDtypeStruct(value.shape, jnp.float32, sharding=home) for _ in range(2))]]
+    sums = jax.ShapeDtypeStruct((models, *value.shape), jnp.float32, sharding=_stacked(home))
+    total = [(sums, sums)]
     added = compile_for_slice(_add(home, "float32"), value, weights, total)
     ended = compile_for_slice(_finish(home, np.dtype(jnp.bfloat16)), total)
     for found in (first, added, ended):
         assert not found.collectives
-        assert found.temp_bytes < 2**20
-    assert added.alias_bytes == 2 * 4 * shard
-    assert ended.output_bytes == 2 * shard
+        assert found.temp_bytes < 2**20 + (4 * 4 * shard if models > 1 else 0)
+    assert added.alias_bytes == 2 * 4 * shard * models
+    assert ended.output_bytes == 2 * shard * models
 
 
 def parts(name: str, shape: tuple[int, int], layout: str) -> tuple[Any, Form, list[Any], int]:
