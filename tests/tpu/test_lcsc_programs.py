@@ -140,7 +140,7 @@ def test_sums_of_an_average_are_kept_in_place(name: str, models: int) -> None:
         assert not found.collectives
         assert found.temp_bytes < 2**20 + (4 * 4 * shard if models > 1 else 0)
     assert added.alias_bytes == 2 * 4 * shard * models
-    assert ended.output_bytes == 2 * shard * models
+    assert 0 <= ended.output_bytes - 2 * shard * models < 1024  # and the table of several results
 
 
 def parts(name: str, shape: tuple[int, int], layout: str) -> tuple[Any, Form, list[Any], int]:
