@@ -68,9 +68,19 @@ class Resident:
         """A jitted call for every ``width`` candidates and every key."""
         program = Program(objective, self.form, self.chunk, keys.impl)
         blocks = list(_blocks(coefficients, self.width))
-        # All are dispatched before the first is waited for.
-        found = [[_scores(program, self.stacked, block, one) for block, _ in blocks] for one in keys.data]
+        found = [
+            [self._dispatched(_scores(program, self.stacked, block, one)) for block, _ in blocks] for one in keys.data
+        ]
         return np.mean([_joined(row, blocks) for row in found], axis=0)
+
+    def _dispatched(self, scores: jax.Array) -> jax.Array:
+        """All are dispatched before the first is waited for, but by several CPU devices one after the other.
+
+        Their programs wait for one another in threads that programs dispatched later may hold.
+        """
+        devices = {device for leaf in self.stacked for device in leaf.sharding.device_set}
+        several = len(devices) > 1 and next(iter(devices)).platform == "cpu"
+        return jax.block_until_ready(scores) if several else scores
 
     def slopes(self, objective: Objective, space: Space, y: jax.Array, centre: Any, keys: Keys, penalty: Any) -> Any:
         """Scores [P] and gradients [P, size] in the search vectors ``y`` [P, size], penalty included."""
