@@ -302,8 +302,7 @@ def peak(folder: Path, size: int) -> dict[str, int]:
 
     paths, like = stored(folder, size)
     small = {name: like[name] for name in list(like)[:1]}
-    # A program is compiled, and the arena is warm.
-    jax.block_until_ready(average(paths[:2], like=small, only=list(small), accumulate="float64"))
+    jax.block_until_ready(average(paths[:2], like=small, only=list(small)))  # compiled, and the arena is warm
     gc.collect()
     trim()
     before = reset_peak()

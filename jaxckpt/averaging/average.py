@@ -48,7 +48,7 @@ def average(
 ) -> Any:
     """The weighted sum of K checkpoints, leaf by leaf, directly on the target mesh.
 
-    Sources are streamed: while one bucket (a mebibyte of each source, or one stored chunk) is summed, the next is read,
+    Sources are streamed: while one bucket (a mebibyte of each source, or one stored chunk) is summed, another is read,
     and each process reads only what its devices need. Sums are kept in float64 (or in float32 pairs) and rounded once,
     so a result is the nearest number to the exact sum, or the one beside it. Subnormal float32 numbers count as zero,
     as XLA has it. In a ``jax.distributed`` job all processes call it together.
@@ -227,7 +227,6 @@ def average_opened(
                 finished(one.want, one.entry, each.finish()) for each in filled
             ),
             how="float64" if accumulate == "auto" else how,
-            plain=accumulate == "auto",
         )
         read_bytes = {k: read_bytes.get(k, 0) + more.get(k, 0) for k in {*read_bytes, *more}}
     _copy(sources, plan.results, values, plan.models, read_bytes)

@@ -1,7 +1,6 @@
 """The programs that add weighted rows of stored elements, and the rows as these programs get them."""
 
 import math
-from functools import partial
 from typing import Any
 
 import jax
@@ -9,17 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxckpt.averaging.kernel import add_terms, along, finish, finish_words
-from jaxckpt.averaging.kernel import add_words as add_word_terms
+from jaxckpt.averaging.kernel import add_terms, add_words, along, finish, finish_words
 from jaxckpt.core.dtypes import is_packed
 
 ROW_GAP_BYTES = 192  # between rows: where all begin at multiples of a large power of two, caches hold few of them
 BLOCK_ELEMENTS = 4096  # P sums are made of so many elements of all rows, which the processor's cache holds meanwhile
-
-
-def staged_out(dtype: np.dtype | None) -> np.dtype | None:
-    """What the program rounds to: elements that XLA packs are packed by nobody else, and come as float32."""
-    return np.dtype(np.float32) if dtype is not None and is_packed(dtype) else dtype
 
 
 def viewed(rows: np.ndarray, dtype: np.dtype, words: bool) -> tuple[np.ndarray, bool]:
@@ -33,25 +26,42 @@ def viewed(rows: np.ndarray, dtype: np.dtype, words: bool) -> tuple[np.ndarray, 
     return rows.view(dtype), False
 
 
-@partial(jax.jit, static_argnames=("size", "how", "out"), donate_argnums=2)
-def add_rows(rows: jax.Array, parts: Any, sums: Any, *, size: int, how: str, out: Any) -> Any:
-    """``sums`` [B, P, size / B] and the weighted rows [K, size and the gap]; rounded to ``out`` unless that is None."""
-    terms, parts = _blocks(rows, parts, size)
-    (total,) = add_terms(None if sums is None else [sums], terms, parts, how=how)
-    return total if out is None else finish(total, out)
+def staged_out(dtype: np.dtype, *, doubled: bool) -> np.dtype:
+    """What the program rounds to: real numbers where a complex one is two, float32 where XLA would pack elements."""
+    if is_packed(dtype):
+        return np.dtype(np.float32)
+    return np.finfo(dtype).dtype if doubled and dtype.kind == "c" else dtype
 
 
-@partial(jax.jit, static_argnames=("size", "how", "out"), donate_argnums=2)
-def add_words(rows: jax.Array, parts: Any, sums: Any, *, size: int, how: str, out: Any) -> Any:
-    """``add_rows`` of bfloat16 rows as words of two elements, in float64."""
-    del how
+def packed(sums: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """float32 sums as this dtype; integers are the nearest that it has."""
+    if jnp.issubdtype(dtype, jnp.integer):
+        known = jnp.iinfo(dtype)
+        sums = np.clip(np.rint(sums), int(known.min), int(known.max))
+    return sums.astype(dtype)
+
+
+def _sums(rows: jax.Array, parts: Any, sums: Any, *, size: int, how: str, words: bool, out: Any) -> Any:
+    """``sums`` [B, P, size / B] and the weighted rows [K, size and the gap]; rounded to ``out`` unless that is None.
+
+    ``words``: of bfloat16, two elements to a word of the rows, summed in float64.
+    """
     terms, parts = _blocks(rows, parts, size)
-    (pair,) = add_word_terms(None if sums is None else [sums], terms, parts)
+    before = None if sums is None else [sums]
+    if not words:
+        (total,) = add_terms(before, terms, parts, how=how)
+        return total if out is None else finish(total, out)
+    (pair,) = add_words(before, terms, parts)
     if out is None:
         return pair
     if out == jnp.bfloat16:
         return finish_words(pair)
     return jnp.stack([finish(half, out) for half in pair], axis=-1).reshape(*pair[0].shape[:2], -1)
+
+
+_STATIC = ("size", "how", "words", "out")
+added_sums = jax.jit(_sums, static_argnames=_STATIC, donate_argnums=2)
+rounded_sums = jax.jit(_sums, static_argnames=_STATIC)  # to another dtype, so there is nothing to donate
 
 
 def _blocks(rows: jax.Array, parts: Any, size: int) -> tuple[list[jax.Array], Any]:

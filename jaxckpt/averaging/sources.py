@@ -130,6 +130,12 @@ class LiveSource:
                 covered = 0
                 for box, data in pieces:
                     both = intersect(target.box, box)
+                    if target.data.dtype != data.dtype:
+                        raise InvalidArgumentError(
+                            f'Leaf "{self.leaves[leaf].name}" of {self.url} is {self.leaves[leaf].dtype}, of elements '
+                            f"of {data.dtype.itemsize} bytes, and {target.data.dtype.itemsize} bytes are wanted: the "
+                            "function eval_params gave another dtype than when it was traced."
+                        )
                     if both is not None:
                         target.data[both.slices(target.box.start)] = data[both.slices(box.start)]
                         covered += both.size
@@ -180,6 +186,8 @@ class MappedSource:
         self.source, self.url, self._programs = source, source.url, programs
         self._inputs = [i for i, entry in enumerate(source.leaves) if entry.stored and entry.kind != "bytes"]
         self._function = function
+        # The caller's setting: sums are made with x64 on, and in other threads.
+        self._x64 = jax.dtypes.canonicalize_dtype(np.float64) == np.float64
         structs = [_struct(source.leaves[i]) for i in self._inputs]
         closed, out = jax.make_jaxpr(self._apply, return_shape=True)(structs)
         leaves, self.structure = flatten(out)
@@ -243,7 +251,9 @@ class MappedSource:
                 parts, more = arrays_of(
                     self.source, [Want(leaf=i, sharding=form) for i, form in zip(inputs, forms, strict=True)]
                 )
-                value = _identity(want.sharding)(self._program(want.leaf)(parts))
+                with jax.enable_x64(self._x64):
+                    value = self._program(want.leaf)([_canonical(part) for part in parts])
+                    value = _identity(want.sharding)(value)
             results.append(value)
             read_bytes += more
         return results, read_bytes
@@ -254,7 +264,7 @@ class MappedSource:
                 return self._last[1], 0
             values, read_bytes = fetch(self.source, [Want(leaf=self._inputs[i]) for i in self._needs[leaf]])
             values = [np.asarray(value) for value in values]
-            with jax.default_device(jax.local_devices(backend="cpu")[0]):
+            with jax.enable_x64(self._x64), jax.default_device(jax.local_devices(backend="cpu")[0]):
                 value = np.asarray(self._program(leaf)(values))
             found = LiveSource(value, self.url)
             self._last = (leaf, found)
@@ -293,10 +303,17 @@ def _struct(entry: LeafEntry) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(entry.shape, jax.dtypes.canonicalize_dtype(dtype_of(entry.dtype)))
 
 
+def _canonical(part: jax.Array) -> jax.Array:
+    """As the function was traced with it: without x64, 64 bits are 32."""
+    known = jax.dtypes.issubdtype(part.dtype, jax.dtypes.prng_key)
+    wanted = part.dtype if known else jax.dtypes.canonicalize_dtype(part.dtype)
+    return part if part.dtype == wanted else part.astype(wanted)
+
+
 def _nothing(entry: LeafEntry) -> Any:
     if entry.kind == "prng_key":
         return jax.random.wrap_key_data(jax.numpy.zeros(entry.shape, np.uint32), impl=entry.prng_impl)
-    return jax.numpy.zeros(entry.shape, dtype_of(entry.dtype))
+    return jax.numpy.zeros(entry.shape, jax.dtypes.canonicalize_dtype(dtype_of(entry.dtype)))
 
 
 def _dependencies(jaxpr: Any) -> list[tuple[int, ...]]:

@@ -9,7 +9,7 @@ larger than a slot is a bucket of its own, and its sources are added one after t
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed, wait
 from dataclasses import dataclass, field
-from itertools import chain, repeat
+from itertools import chain
 from threading import Lock
 from typing import Any, NamedTuple
 
@@ -18,10 +18,9 @@ import numpy as np
 
 from jaxckpt.averaging.cells import cells
 from jaxckpt.averaging.kernel import split_weights
-from jaxckpt.averaging.plain import are_plain, plain_sums
 from jaxckpt.averaging.plan import Sum
 from jaxckpt.averaging.reading import Destination
-from jaxckpt.averaging.rows import ROW_GAP_BYTES, add_rows, add_words, staged_out, viewed
+from jaxckpt.averaging.rows import ROW_GAP_BYTES, added_sums, packed, rounded_sums, staged_out, viewed
 from jaxckpt.checkpoint.source import Source
 from jaxckpt.core.box import Box, intersect
 from jaxckpt.core.dtypes import is_packed, mover
@@ -33,7 +32,7 @@ BUCKET_BYTES = 1024 * 1024  # of one source; a larger stored chunk makes a large
 WORKERS = 2
 SLOT_BYTES = 24 * 1024 * 1024  # rows of all sources that are read together, of a worker; twice that for P > 1
 LARGE_ELEMENTS = 1024 * 1024  # rows above are padded by an eighth at most, others to a power of two
-ALONE_BYTES = 64 * 1024 * 1024  # larger rows, as of a large chunk of another library, are those of one worker at a time
+ALONE_BYTES = 128 * 1024 * 1024  # a bucket whose row and sums are larger, as of a large chunk, is summed alone
 
 
 class Piece(NamedTuple):
@@ -57,9 +56,11 @@ class Job:
 
 
 class Bucket(NamedTuple):
-    """Pieces of leaves that have the same sources, dtypes and weights."""
+    """Pieces of leaves that have the same sources, dtypes and weights: those of ``sum``."""
 
+    sum: Sum
     pieces: list[Piece]
+    used: int  # elements of a row
     elements: int  # of a row, padding included
 
 
@@ -78,32 +79,24 @@ def stream_sums(
     close: Callable[[Sum, list[Destination]], None],
     *,
     how: str,
-    plain: bool,
 ) -> dict[int, int]:
     """Sum all of these; returns the bytes read by source.
 
-    ``open_destinations`` gives P destinations and the boxes that they hold; ``close`` gets them filled. ``plain`` lets
-    numpy sum what is over before a program is compiled; the results are the same.
+    ``open_destinations`` gives P destinations and the boxes that they hold; ``close`` gets them filled.
     """
     stores = [getattr(source, "store", None) for source in sources]
     threads = min(max(getattr(store, "parallel_io", 2) for store in stores), 16)
-    plain = plain and are_plain(sums)
-    items = chain.from_iterable(
-        zip(repeat(group[0]), _buckets(group, sources, open_destinations), strict=False) for group in _alike(sums)
-    )
+    buckets = chain.from_iterable(_buckets(group, sources, open_destinations) for group in _alike(sums))
     with (
         ThreadPoolExecutor(threads, thread_name_prefix="jaxckpt-average-read") as readers,
         ThreadPoolExecutor(WORKERS, thread_name_prefix="jaxckpt-average") as workers,
     ):
-        stream = _Stream(sources, items, close, how, plain, readers, max(threads // WORKERS, 1))
+        stream = _Stream(sources, buckets, close, how, readers, threads)
         try:
-            if plain:
-                stream.work()
-            else:
-                for done in as_completed([workers.submit(stream.work) for _ in range(WORKERS)]):
-                    done.result()
+            for done in as_completed([workers.submit(stream.work) for _ in range(WORKERS)]):
+                done.result()
         finally:
-            stream.stop()
+            stream.is_stopped = True
     return stream.read_bytes
 
 
@@ -129,7 +122,7 @@ def _buckets(
         for together in cells(one, boxes, sources):
             size = sum(box.size for box in together)
             if pieces and used + size > capacity:
-                yield Bucket(pieces, capacity if used <= capacity else _padded(used))
+                yield Bucket(sums[0], pieces, used, max(capacity, _padded(used)))
                 pieces, used = [], 0
             for box in together:
                 pieces.append(Piece(job, box, used))
@@ -140,7 +133,7 @@ def _buckets(
             pieces.append(Piece(job, Box((0,) * len(one.shape), (0,) * len(one.shape)), used))
             job.left = 1
     if pieces:
-        yield Bucket(pieces, min(capacity, _padded(used)) if used <= capacity else _padded(used))
+        yield Bucket(sums[0], pieces, used, _padded(used))
 
 
 def _padded(elements: int) -> int:
@@ -155,57 +148,58 @@ class _Stream:
     def __init__(
         self,
         sources: Sequence[Source],
-        items: Iterator[tuple[Sum, Bucket]],
+        buckets: Iterator[Bucket],
         close: Callable[[Sum, list[Destination]], None],
         how: str,
-        plain: bool,
         readers: ThreadPoolExecutor,
-        at_once: int,
+        threads: int,
     ) -> None:
-        self.sources, self.items, self.close, self.how, self.plain = sources, items, close, how, plain
-        self.readers, self.at_once = readers, at_once
+        self.sources, self.buckets, self.close, self.how = sources, buckets, close, how
+        self.readers, self.threads = readers, threads
         self.read_bytes: dict[int, int] = {}
         self.parts: dict[Any, jax.Array] = {}  # weights, on the device
         self.cpu = jax.local_devices(backend="cpu")[0]
         self.lock = Lock()  # of the buckets, the jobs and the bytes read
         self.alone, self.large = Lock(), Slot()
+        self.is_stopped = False  # a worker has failed, or the caller was interrupted
 
     def work(self) -> None:
         """Take one bucket after the other until there is none left."""
         slot = Slot()
         with jax.enable_x64(True):  # a setting of each thread
-            while True:
+            while not self.is_stopped:
                 with self.lock:
-                    one, bucket = next(self.items, (None, None))
-                if one is None or bucket is None:
+                    bucket = next(self.buckets, None)
+                if bucket is None:
                     return
-                if bucket.elements * max(dtype.itemsize for dtype in one.dtypes) > ALONE_BYTES:
+                row = max(dtype.itemsize for dtype in bucket.sum.dtypes) + 8 * len(bucket.sum.weights)
+                if bucket.elements * row > ALONE_BYTES:
                     with self.alone:
-                        self._put_sums(one, bucket, self.large)
+                        self._put_sums(bucket, self.large)
                 else:
-                    self._put_sums(one, bucket, slot)
+                    self._put_sums(bucket, slot)
 
-    def stop(self) -> None:
-        """Begin no other bucket."""
-        with self.lock:
-            self.items = iter(())
-
-    def _put_sums(self, one: Sum, bucket: Bucket, slot: Slot) -> None:
+    def _put_sums(self, bucket: Bucket, slot: Slot) -> None:
         sums: Any = None
-        groups = _groups(one, bucket.elements)
+        groups = _groups(bucket.sum, bucket.elements)
         for group in groups:
-            rows = self._read(slot, one, bucket, group)
-            sums = self._summed(one, bucket, group, slot, rows, sums, is_last=group is groups[-1])
+            rows = self._read(slot, bucket, group)
+            if self.is_stopped:
+                return
+            sums = self._summed(bucket, group, slot, rows, sums, is_last=group is groups[-1])
             jax.block_until_ready(sums)  # the rows are read by nothing any more
-        self._write(bucket, sums, one.dtype)
+        self._write(bucket, sums)
 
-    def _read(self, slot: Slot, one: Sum, bucket: Bucket, group: Sequence[int]) -> np.ndarray:
+    def _read(self, slot: Slot, bucket: Bucket, group: Sequence[int]) -> np.ndarray:
         """Rows of these sources, with what lies between them."""
+        one = bucket.sum
         dtype = one.dtypes[group[0]]
         size = len(group) * (bucket.elements * dtype.itemsize + ROW_GAP_BYTES)
         if slot.memory.nbytes < size:
-            slot.adopted, slot.memory = None, aligned(size)
+            slot.adopted, slot.memory = None, np.zeros(0, np.uint8)  # never both
+            slot.memory = aligned(size)
         rows = slot.memory[:size].view(mover(dtype)).reshape(len(group), -1)
+        rows[:, bucket.used :] = 0  # what lay there may be NaN, which jax_debug_nans would tell of
         wanted = []
         for row, k in zip(rows, group, strict=True):
             targets: dict[int, tuple[Target, ...]] = {}
@@ -215,11 +209,11 @@ class _Stream:
                 if piece.box.size:
                     targets[leaf] = (*targets.get(leaf, ()), Target(piece.box, data))
             wanted.append((one.sources[k], targets))
-        if self.at_once == 1:
+        if self.threads <= WORKERS:
             found = [self._fill(wanted)]
         else:
-            parts = [wanted[i :: self.at_once] for i in range(self.at_once)]
-            futures = [self.readers.submit(self._fill, part) for part in parts]
+            count = min(self.threads, len(wanted))
+            futures = [self.readers.submit(self._fill, wanted[i::count]) for i in range(count)]
             wait(futures)  # also where one has failed: none writes to the slot any more
             found = [future.result() for future in futures]
         with self.lock:
@@ -231,6 +225,8 @@ class _Stream:
         """Read rows of several sources, one after the other; the bytes read by source."""
         found: dict[int, int] = {}
         for source, targets in wanted:
+            if self.is_stopped:
+                break
             try:
                 found[source] = found.get(source, 0) + self.sources[source].fill(targets)
             except CheckpointError as error:
@@ -239,31 +235,21 @@ class _Stream:
         return found
 
     def _summed(
-        self,
-        one: Sum,
-        bucket: Bucket,
-        group: Sequence[int],
-        slot: Slot,
-        rows: np.ndarray,
-        sums: Any,
-        *,
-        is_last: bool,
+        self, bucket: Bucket, group: Sequence[int], slot: Slot, rows: np.ndarray, sums: Any, *, is_last: bool
     ) -> Any:
         """``sums`` and these rows; of the last rows, the results."""
+        one = bucket.sum
         dtype = one.dtypes[group[0]]
-        if self.plain:
-            row = rows[:, : bucket.elements].view(dtype)
-            return plain_sums(row, one.weights[:, list(group)], sums, one.dtype if is_last else None)
         words = dtype.name == "bfloat16" and len(set(one.dtypes)) == 1 and self.how == "float64"
         data, doubled = viewed(rows, dtype, words)
         key = (one.weights.tobytes(), tuple(group))
         if key not in self.parts:
             self.parts[key] = jax.device_put(split_weights(one.weights[:, list(group)]), self.cpu)
-        out = (one.dtype if not doubled or one.dtype.kind != "c" else np.finfo(one.dtype).dtype) if is_last else None
         staged = self._staged(slot, data)
-        program = add_words if words else add_rows
         size = data.shape[1] * bucket.elements // rows.shape[1]
-        return program(staged, self.parts[key], sums, size=size, how=self.how, out=staged_out(out))
+        program = rounded_sums if is_last else added_sums
+        out = staged_out(one.dtype, doubled=doubled) if is_last else None
+        return program(staged, self.parts[key], sums, size=size, how=self.how, words=words, out=out)
 
     def _staged(self, slot: Slot, data: np.ndarray) -> jax.Array:
         """The rows for XLA, which adopts the memory of a slot: the array of one step serves the next, too."""
@@ -275,13 +261,10 @@ class _Stream:
             slot.adopted = (key, array)
         return slot.adopted[1]
 
-    def _write(self, bucket: Bucket, found: Any, dtype: np.dtype) -> None:
+    def _write(self, bucket: Bucket, found: Any) -> None:
         """Put the results where they belong, and hand on the leaves that are whole."""
-        array = np.asarray(found)
-        if is_packed(dtype):
-            array = array.astype(dtype)
-        elif array.dtype != dtype:
-            array = array.view(dtype)
+        dtype = bucket.sum.dtype
+        array = packed(np.asarray(found), dtype) if is_packed(dtype) else np.asarray(found).view(dtype)
         array = array.view(mover(dtype))
         with self.lock:
             for job in {id(piece.job): piece.job for piece in bucket.pieces}.values():

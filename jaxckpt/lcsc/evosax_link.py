@@ -98,7 +98,7 @@ def make_evosax(name: str, has_mean: bool, population: int, size: int, options: 
 
 
 def quick_options() -> dict[str, Any] | None:
-    """For programs that run in less time than it takes to optimise them; None where there is no such option."""
+    """For programs that run in less time than it takes to optimise them; None but on CPU, which has such options."""
     return _quick_options() if jax.default_backend() == "cpu" else None
 
 

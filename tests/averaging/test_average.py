@@ -16,7 +16,8 @@ from jax.sharding import PartitionSpec as P
 
 import jaxckpt as jc
 from jaxckpt.averaging import cells, stream
-from jaxckpt.averaging.average import average, average_to
+from jaxckpt.averaging.average import average, average_opened, average_to
+from jaxckpt.averaging.sources import open_sources
 from jaxckpt.core.events import Restored, subscribe
 from tests.averaging.oracle import ulps, weighted
 
@@ -73,7 +74,7 @@ def check(found: Any, weights: np.ndarray = SIGNED) -> None:
     assert found["ids"].tolist() == [4, 5, 6]
 
 
-@pytest.mark.parametrize("accumulate", ["auto", "float64", "float32"])
+@pytest.mark.parametrize("accumulate", ["float64", "float32"])
 def test_stored_checkpoints_are_averaged_within_one_ulp(stored: list[str], accumulate: Any) -> None:
     found = average(stored, SIGNED, only=lambda name: name != "f64", accumulate=accumulate) | {
         "f64": weighted(np.stack([values_of(k)["f64"] for k in range(K)]), SIGNED)
@@ -85,49 +86,19 @@ def test_float64_is_kept_on_the_host(stored: list[str]) -> None:
     check(average(stored, SIGNED))
 
 
-@pytest.mark.parametrize("accumulate", ["auto", "float64"])
-def test_live_trees_and_checkpoints_mix(stored: list[str], accumulate: Any) -> None:
-    check(average([stored[0], values_of(1), stored[2], values_of(3), stored[4]], SIGNED, accumulate=accumulate))
-    check(average([values_of(k) for k in range(K)], SIGNED, accumulate=accumulate))
+def test_live_trees_and_checkpoints_mix(stored: list[str]) -> None:
+    check(average([stored[0], values_of(1), stored[2], values_of(3), stored[4]], SIGNED))
+    check(average([values_of(k) for k in range(K)], SIGNED))
 
 
-FLOATS = [
-    "bfloat16", "float16", "float32", "float64", "complex64", "complex128", "float8_e3m4", "float8_e4m3",
-    "float8_e4m3b11fnuz", "float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu",
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("name", FLOATS)
-@pytest.mark.parametrize("models", [1, 3])
-def test_small_sums_without_a_program_are_those_of_the_program(name: str, models: int) -> None:
-    rng = np.random.default_rng(0)
-    dtype = np.dtype(getattr(ml_dtypes, name, None) or name)
-    if dtype.itemsize == 1:  # every value that there is
-        trees = [{"x": rng.integers(0, 256, 3000, np.uint8).view(dtype)} for _ in range(K)]
-    else:
-        trees = [{"x": (30 * rng.standard_normal(3000 * (1 + (dtype.kind == "c"))))} for _ in range(K)]
-        trees = [{"x": (t["x"].view(np.complex128) if dtype.kind == "c" else t["x"]).astype(dtype)} for t in trees]
-        trees[0]["x"][:4] = [np.inf, -np.inf, np.nan, -0.0]
-    weights = 9 * rng.standard_normal((models, K))
-    plain, compiled = (average(trees, weights, accumulate=how) for how in ("auto", "float64"))
-    for a, b in zip(plain, compiled, strict=True):
-        x, y = a["x"], b["x"]
-        assert x.dtype == y.dtype == dtype
-        if dtype.kind == "c":
-            x, y = (each.view(np.finfo(dtype).dtype) for each in (x, y))
-        is_nan = np.isnan(x.astype(np.float64))
-        assert (is_nan == np.isnan(y.astype(np.float64))).all()
-        assert x[~is_nan].tobytes() == y[~is_nan].tobytes()
-
-
-@pytest.mark.parametrize("ahead", [0, 4 * 1024, 1024 * 1024])
-def test_small_slots_and_buckets_change_nothing(stored: list[str], monkeypatch: pytest.MonkeyPatch, ahead: int) -> None:
-    expected = average(stored, SIGNED, accumulate="float64")
+@pytest.mark.parametrize("alone", [0, 4 * 1024, 1024 * 1024])
+def test_small_slots_and_buckets_change_nothing(stored: list[str], monkeypatch: pytest.MonkeyPatch, alone: int) -> None:
+    expected = average(stored, SIGNED)
     monkeypatch.setattr(stream, "SLOT_BYTES", 64 * 1024)
     monkeypatch.setattr(stream, "BUCKET_BYTES", 16 * 1024)
     monkeypatch.setattr(cells, "LARGEST_CELL_BYTES", 32 * 1024)
-    monkeypatch.setattr(stream, "ALONE_BYTES", ahead)
-    found = average(stored, SIGNED, accumulate="float64")
+    monkeypatch.setattr(stream, "ALONE_BYTES", alone)
+    found = average(stored, SIGNED)
     check(found)
     for name in DTYPES:
         assert found[name].tobytes() == expected[name].tobytes()
@@ -175,7 +146,7 @@ def test_every_stored_byte_is_read_once_and_sources_of_weight_zero_not_at_all(st
     assert sum(read.values()) <= 1.02 * (size[1] + size[3]) + 2000
 
 
-@pytest.mark.parametrize("accumulate", ["auto", "float64", "float32"])
+@pytest.mark.parametrize("accumulate", ["float64", "float32"])
 @pytest.mark.parametrize("where", ["host", "device"])
 def test_p_models_are_those_of_p_calls(stored: list[str], where: Any, accumulate: Any) -> None:
     weights = np.random.default_rng(0).standard_normal((3, K))
@@ -202,15 +173,14 @@ def test_weights_by_path(stored: list[str]) -> None:
         average(stored, {"layers": one[0]})
 
 
-@pytest.mark.parametrize("accumulate", ["auto", "float64"])
-def test_the_result_has_the_dtype_of_like(stored: list[str], accumulate: Any) -> None:
+def test_the_result_has_the_dtype_of_like(stored: list[str]) -> None:
     like = {"f32": jnp.zeros((48, 33), jnp.bfloat16), "bf16": np.zeros((48, 33), np.float32), "lr": 0.0, "step": 0}
-    found = average(stored, SIGNED, like=like, only=["f32", "bf16", "lr", "step"], accumulate=accumulate)
+    found = average(stored, SIGNED, like=like, only=["f32", "bf16", "lr", "step"])
     assert isinstance(found["f32"], jax.Array)
     assert (found["f32"].dtype, found["bf16"].dtype) == (jnp.bfloat16, np.float32)
     for name in ("f32", "bf16"):
         assert ulps(found[name], weighted(np.stack([values_of(k)[name] for k in range(K)]), SIGNED)) <= 1
-    assert average(stored, only="bf16", dtype=np.float32, accumulate=accumulate)["bf16"].dtype == np.float32
+    assert average(stored, only="bf16", dtype=np.float32)["bf16"].dtype == np.float32
 
 
 POLICIES = {
@@ -325,6 +295,77 @@ def test_eval_params_maps_states_to_the_point_to_average(tmp_path: Path, where: 
     assert sum(e.read_bytes for e in events if isinstance(e, Restored)) < 1.1 * z.nbytes + 3000
 
 
+@pytest.mark.parametrize("where", ["host", "device"])
+@pytest.mark.parametrize("x64", [False, True])
+@pytest.mark.parametrize("is_stored", [False, True])
+def test_eval_params_computes_as_its_caller_would(tmp_path: Path, where: Any, x64: bool, is_stored: bool) -> None:
+    """Sums are made with x64 on, in threads of their own; the function's dtypes are those that the caller has."""
+    trees = [{"w": np.full(3, 1.0 + k, np.float32), "n": np.arange(3), "d": np.full(3, 0.5)} for k in range(2)]
+    sources: list[Any] = trees
+    if is_stored:
+        sources = [tmp_path / f"{k}" for k in range(2)]
+        for path, tree in zip(sources, trees, strict=True):
+            jc.save(path, tree)
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[1])
+
+    def halved(state: dict) -> dict:
+        return {"w": state["w"] * 0.5, "m": jnp.mean(state["n"]) * jnp.linspace(0, 2, 3), "d": state["d"] * 2}
+
+    with jax.enable_x64(x64):
+        like = (lambda name, spec: place) if where == "device" else None
+        found = average(sources, eval_params=halved, where=where, like=like)
+        assert np.asarray(found["w"]).tolist() == [0.75] * 3
+        assert np.asarray(found["m"]).tolist() == [0, 1, 2]
+        assert np.asarray(found["d"]).tolist() == [1.0] * 3
+        for name, leaf in jax.eval_shape(halved, trees[0]).items():
+            assert found[name].dtype == leaf.dtype
+
+
+def test_packed_integers_are_rounded() -> None:
+    trees = [{"x": np.array([k, -k, 7], ml_dtypes.int4)} for k in (1, 2, 2)]
+    found = average(trees, policy={"x": "average"})["x"]
+    assert found.astype(int).tolist() == [2, -2, 7]
+    assert average(trees, [2, 2, 2], policy={"x": "average"})["x"].astype(int).tolist() == [7, -8, 7]
+
+
+class Failing:
+    """A source whose leaves cannot be read; counts how often it was asked."""
+
+    asked = 0
+
+    def __init__(self, source: Any, fails: bool) -> None:
+        self._source, self._fails = source, fails
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._source, name)
+
+    def fill(self, targets: Any) -> int:
+        Failing.asked += 1
+        if self._fails:
+            raise jc.CorruptionError("a bit is wrong")
+        return self._source.fill(targets)
+
+
+def test_nothing_more_is_read_after_an_error() -> None:
+    trees = [{f"{i}": np.ones(300_000, np.float32) for i in range(20)} for _ in range(10)]
+    sources: Any = [Failing(source, k == 0) for k, source in enumerate(open_sources(trees, None, None))]
+    Failing.asked = 0
+    with pytest.raises(jc.CorruptionError, match="a bit is wrong") as caught:
+        average_opened(sources, None)
+    assert any("source 0 of 10" in note for note in caught.value.__notes__)
+    assert Failing.asked <= 4 * stream.WORKERS
+
+
+def test_many_sources_warn_of_nothing(stored: list[str], recwarn: pytest.WarningsRecorder) -> None:
+    trees = [{"w": np.full(100, k, ml_dtypes.bfloat16), "v": np.full(100, k, np.float32)} for k in range(70)]
+    for accumulate in ("float64", "float32"):
+        found = average(trees, accumulate=accumulate)
+        assert (found["v"][0], found["w"][0]) == (34.5, 34.5)
+    with jax.debug_nans(True):
+        average(stored, SIGNED)
+    assert [str(warning.message) for warning in recwarn] == []
+
+
 def test_checkpoints_of_orbax_are_averaged(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     stack = rng.standard_normal((3, 600, 40), np.float32)
@@ -366,17 +407,15 @@ def test_an_average_is_saved_with_its_lineage(stored: list[str], tmp_path: Path)
 COMPLEX = [{"c": np.array([1 + 2j, 3 + 4j], np.complex64), "w": np.ones(2, np.float32), "n": 1.6}] * 2
 
 
-@pytest.mark.parametrize("accumulate", ["auto", "float64"])
 @pytest.mark.parametrize("where", ["host", "device"])
 @pytest.mark.parametrize("weights", [None, [1, 0]])
-def test_a_real_dtype_leaves_complex_and_integer_leaves_as_they_are(where: Any, weights: Any, accumulate: Any) -> None:
+def test_a_real_dtype_leaves_complex_and_integer_leaves_as_they_are(where: Any, weights: Any) -> None:
     trees = [{**tree, "i": np.arange(3)} for tree in COMPLEX]
-    how: Any = {"where": where, "accumulate": accumulate}
-    found = average(trees, weights, dtype=ml_dtypes.bfloat16, policy={"i": "average"}, **how)
+    found = average(trees, weights, dtype=ml_dtypes.bfloat16, where=where, policy={"i": "average"})
     assert found["c"].dtype == np.complex64
     assert found["c"].tolist() == [1 + 2j, 3 + 4j]
     assert (found["w"].dtype, found["i"].dtype) == (ml_dtypes.bfloat16, np.int64)
-    assert average(trees, weights, dtype=np.complex128, **how)["w"].dtype == np.float32
+    assert average(trees, weights, dtype=np.complex128, where=where)["w"].dtype == np.float32
     with pytest.raises(jc.CheckpointError, match="dtype is int32; it is that of floating results"):
         average(trees, weights, dtype=np.int32, where=where)
 
@@ -398,15 +437,14 @@ def test_what_like_cannot_hold_is_refused(where: Any, weights: Any, name: str, d
             average(COMPLEX, weights, like={name: leaf}, only=name, where=where)
 
 
-@pytest.mark.parametrize("accumulate", ["auto", "float64"])
 @pytest.mark.parametrize("where", ["host", "device"])
-def test_like_may_hold_more(where: Any, accumulate: Any) -> None:
+def test_like_may_hold_more(where: Any) -> None:
     place = jax.sharding.SingleDeviceSharding(jax.devices()[1])
     like: dict[str, Any] = {"w": np.zeros(2, np.complex64), "i": jax.ShapeDtypeStruct((3,), np.float32)}
     if where == "device":
         like = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place) for name, leaf in like.items()}
     trees = [{"w": np.full(2, k, np.float32), "i": np.arange(3) + k} for k in range(2)]
-    found = average(trees, like=like, policy={"i": "average"}, where=where, accumulate=accumulate)
+    found = average(trees, like=like, policy={"i": "average"}, where=where)
     assert found["w"].tolist() == [0.5 + 0j, 0.5 + 0j]
     assert found["i"].tolist() == [0.5, 1.5, 2.5]
 

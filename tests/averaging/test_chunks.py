@@ -65,13 +65,13 @@ def save_orbax(folder: Path, stack: np.ndarray, sharding: Any = None) -> list[Pa
     return [folder / f"{k}" for k in range(len(stack))]
 
 
-@pytest.mark.parametrize("ahead", [0, stream.ALONE_BYTES])
+@pytest.mark.parametrize("alone", [0, stream.ALONE_BYTES])
 @pytest.mark.parametrize("like", ["host", "one device", "rows", "columns", "tiles"])
 @pytest.mark.parametrize("saved", ["whole", "sharded"])
 def test_a_chunk_of_orbax_is_decoded_once(
-    tmp_path: Path, saved: str, like: str, ahead: int, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, saved: str, like: str, alone: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stream, "ALONE_BYTES", ahead)
+    monkeypatch.setattr(stream, "ALONE_BYTES", alone)
     monkeypatch.setattr(cells, "LARGEST_CELL_BYTES", 1024 * 1024)
     stack = stack_of(SHAPE)
     paths = save_orbax(tmp_path, stack, NamedSharding(mesh(8), P("a")) if saved == "sharded" else None)
@@ -88,7 +88,7 @@ def test_a_chunk_of_orbax_is_decoded_once(
         "tiles": NamedSharding(mesh(2), P("b", "a")),
     }.get(like)
     wanted = np.zeros(SHAPE, np.float32) if like == "host" else jax.ShapeDtypeStruct(SHAPE, np.float32, sharding=place)
-    found = average_opened(sources, SIGNED, like={"w": wanted}, where="host", accumulate="float64")["w"]
+    found = average_opened(sources, SIGNED, like={"w": wanted}, where="host")["w"]
     assert ulps(found, weighted(stack, SIGNED)) <= 1
     for counter in counters:
         assert len(counter.decoded) == (8 if saved == "sharded" else 1)
@@ -103,7 +103,7 @@ def test_chunks_of_ours_and_of_orbax_mix(tmp_path: Path, dtype: Any) -> None:
     weights = np.stack([SIGNED, SIGNED[::-1]])
     events: list[Any] = []
     stop = subscribe(events.append)
-    found = average([tmp_path / "ours", paths[0], {"w": stack[2]}], weights, accumulate="float64")
+    found = average([tmp_path / "ours", paths[0], {"w": stack[2]}], weights)
     stop()
     for p in range(2):
         assert ulps(found[p]["w"], weighted(stack[[1, 0, 2]], weights[p])) <= 1
