@@ -85,9 +85,16 @@ def make_evosax(name: str, has_mean: bool, population: int, size: int, options: 
     """
     from evosax.algorithms import algorithms
 
+    solution = jax.device_put(np.zeros(size, np.float32))
     with _lenient():
-        algorithm = algorithms[name](population_size=population, solution=jax.device_put(np.zeros(size, np.float32)))
-        params: Any = _default_params(algorithm)
+        try:
+            algorithm = algorithms[name](population_size=population, solution=solution)
+            params: Any = _default_params(algorithm)
+        except (AssertionError, ArithmeticError, ValueError) as error:
+            raise InvalidArgumentError(
+                f"evosax' {name} does not take a population of {population} for {size} coefficients: {error} Give "
+                "another population; 16 suits all."
+            ) from error
     known = sorted(params.__dataclass_fields__)
     if wrong := [key for key, _ in options if key not in known]:
         raise InvalidArgumentError(f"evosax' {name} has no parameters {wrong}; it has {known}.")

@@ -142,11 +142,10 @@ def search(
         (True, 1.0)
     """
     began = time.perf_counter()
-    if noise not in ("fresh", "fixed") or finalists < 0 or draws < 1 or not len(decays):
-        raise InvalidArgumentError(
-            f'noise is {noise!r} ("fresh" or "fixed"), finalists {finalists} (>= 0), draws {draws} (>= 1), '
-            f"decays {list(decays)} (one at least)."
-        )
+    population, budget = _whole("population", population, 1), _whole("budget", budget, 1)
+    finalists, draws = _whole("finalists", finalists, 0), _whole("draws", draws, 1)
+    if noise not in ("fresh", "fixed") or not len(decays):
+        raise InvalidArgumentError(f'noise is {noise!r} ("fresh" or "fixed"), decays {list(decays)} (one at least).')
     for name, penalty in (("l1_penalty", l1_penalty), ("negative_penalty", negative_penalty)):
         if penalty is not None and not 0 <= penalty < math.inf:
             raise InvalidArgumentError(f"{name} is {penalty}; give a finite number, 0 for none or more.")
@@ -183,8 +182,8 @@ def search(
         # evosax is loaded, and the strategy's programs are compiled, while the first models are evaluated: not while
         # checkpoints are read, where each file would wait for the interpreter.
         making = pool.submit(make_strategy, strategy, population=population, size=shape.size, options=options or {})
-        if options:
-            making.result()  # one that there is not is told before anything is evaluated
+        if options or population < 4 or population % 2:
+            making.result()  # what some strategies do not take is told before anything is evaluated
         if uses_gradient and not isinstance(evaluate, Resident):
             raise InvalidArgumentError(
                 f'strategy "gradient" needs jit=True and placement="device", and has jit={jit} and placement='
@@ -323,6 +322,16 @@ def _limited(points: np.ndarray, space: Space) -> np.ndarray:
 def _spaced(count: int, limit: int) -> np.ndarray:
     """Places of at most ``limit`` checkpoints, evenly spaced, the last among them."""
     return np.unique(np.linspace(count - 1, 0, min(count, limit)).round().astype(int))
+
+
+def _whole(name: str, value: Any, least: int) -> int:
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = least - 1
+    if number < least:
+        raise InvalidArgumentError(f"{name} is {value!r}; give a whole number, {least} or more.")
+    return number
 
 
 def _root(key: Any) -> tuple[jax.Array, int | None]:

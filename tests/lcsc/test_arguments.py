@@ -128,6 +128,23 @@ def test_wrong_arguments_are_named() -> None:
         search(TREES, loss, options={"sigma": 1})
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "least"), [("population", 2.5, 1), ("budget", "x", 1), ("finalists", -1, 0), ("draws", 0, 1)]
+)
+def test_counts_are_whole_numbers(name: str, value: Any, least: int) -> None:
+    how: dict[str, Any] = {name: value}
+    with pytest.raises(InvalidArgumentError, match=f"{name} is {value!r}; give a whole number, {least} or more"):
+        search(TREES, loss, **how)
+
+
+def test_a_population_that_a_strategy_does_not_take_is_told_first() -> None:
+    def never(params: Any, key: Any) -> Any:
+        raise AssertionError("evaluated")
+
+    with pytest.raises(InvalidArgumentError, match="DifferentialEvolution does not take a population of 2 .* >= 4"):
+        search(TREES, never, strategy="DE", population=2)
+
+
 @pytest.mark.parametrize("name", ["l1_penalty", "negative_penalty"])
 @pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf")])
 def test_a_penalty_is_finite_and_no_reward(name: str, value: float) -> None:
