@@ -80,7 +80,7 @@ start() {
     line=(env PYTHONPATH="$root" JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES="$devices" XLA_FLAGS="" "$python" "$root/tpu_scripts/train.py"
       "$folder/run" --preset "${PRESET:-tiny}" --steps "$steps" --save-every 5 --batch 1 --length 16
       --coordinator "127.0.0.1:$port" --processes "$count" --process "$i")
-    printf '+'; printf ' %q' "${line[@]}"; echo
+    printf '+%s\n' "$(printf ' %q' "${line[@]}")"
     $dry_run || { : >"$folder/log-$i"; "${line[@]}" >"$folder/log-$i" 2>&1 & pids+=($!); }
   done
 }

@@ -89,7 +89,7 @@ meaning() {
 
 # Print a command as the shell would read it; run it unless this is a dry run.
 run() {
-  printf '+'; printf ' %q' "$@"; echo
+  printf '+%s\n' "$(printf ' %q' "$@")" # by one call: what runs beside it prints, too
   $dry_run || "$@"
 }
 
