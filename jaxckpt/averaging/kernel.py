@@ -52,39 +52,32 @@ def split_weights(weights: Any) -> Any:
     return np.stack(parts)
 
 
-def add_terms(
-    accumulators: Sequence[Accumulator] | None, terms: Sequence[jax.Array], parts: Any, *, how: str
-) -> list[Accumulator]:
-    """``accumulators[p] + sum_k weights[p, k] * terms[k]``, for every p, in one fused loop over the elements.
+def add_terms(accumulator: Accumulator | None, terms: Sequence[jax.Array], parts: Any, *, how: str) -> Accumulator:
+    """``accumulator + sum_k weights[k] * terms[k]``, in one fused loop over the elements.
 
     Args:
-        accumulators: of P sums so far, or None for a start.
+        accumulator: the sum so far, or None for a start.
         terms: K arrays of one shape: floating, integer or boolean.
-        parts: the weights as ``split_weights`` gives them, float32 [3, P, K], or [3, P, K, ...] of weights that
-            broadcast with the terms.
+        parts: the weights as ``split_weights`` gives them, float32 [3, K], or [3, K, ...] of weights that broadcast
+            with the terms: P sums are one, see ``along``.
         how: "float64" or "float32" (pairs).
     """
-    sums = list(accumulators) if accumulators is not None else [None] * parts.shape[1]
+    total = accumulator
     if how == "float64":
         with jax.enable_x64(True):
             weights = sum_parts(parts)
-            wide = [term.astype(jnp.float64) for term in terms]
             # Products are rounded before they are added, as numpy does it: where terms cancel to nothing, what is left
             # is rounding, and then at least it is the same. XLA would contract both to one fused multiply-add; it
             # cannot see that these bits stay as they are.
             lead = lax.optimization_barrier(jnp.ravel(parts)[0])
             nothing = (lead != lead).astype(jnp.uint64)  # 0; were it NaN, all is
-            for p in range(len(sums)):
-                for k, term in enumerate(wide):
-                    product = _as_float(_as_bits(term * weights[p, k]) ^ nothing)
-                    sums[p] = product if sums[p] is None else sums[p] + product
-        return sums
-    narrow = [term.astype(jnp.float32) for term in terms]
-    cut = [_cut(term) for term in narrow]
-    for p in range(len(sums)):
-        for k, term in enumerate(cut):
-            sums[p] = _add_pair(sums[p], term, parts[:, p, k])
-    return sums
+            for k, term in enumerate(terms):
+                product = _as_float(_as_bits(term.astype(jnp.float64) * weights[k]) ^ nothing)
+                total = product if total is None else total + product
+        return total
+    for k, term in enumerate(terms):
+        total = _add_pair(total, _cut(term.astype(jnp.float32)), parts[:, k])
+    return total
 
 
 def finish(accumulator: Accumulator, dtype: Any) -> jax.Array:
@@ -115,39 +108,35 @@ def weighted_sums(stack: jax.Array, parts: Any, *, how: str, dtype: Any) -> jax.
         return _paired_bfloat16(stack, parts)
     parts = along(parts, stack.ndim - 1)
     if count <= UNROLLED:
-        (total,) = add_terms(None, [stack[k : k + 1] for k in range(count)], parts, how=how)
-        return finish(total, dtype)
+        return finish(add_terms(None, [stack[k : k + 1] for k in range(count)], parts, how=how), dtype)
     block = UNROLLED // 2
     first = count - count // block * block or block
-    sums = add_terms(None, [stack[k : k + 1] for k in range(first)], parts[:, :, :first], how=how)
+    total = add_terms(None, [stack[k : k + 1] for k in range(first)], parts[:, :first], how=how)
 
-    def more(i: Any, sums: list[Accumulator]) -> list[Accumulator]:
+    def more(i: Any, total: Accumulator) -> Accumulator:
         start = first + i * block
         terms = lax.dynamic_slice_in_dim(stack, start, block)
-        factors = lax.dynamic_slice_in_dim(parts, start, block, axis=2)
-        return add_terms(sums, [terms[k : k + 1] for k in range(block)], factors, how=how)
+        factors = lax.dynamic_slice_in_dim(parts, start, block, axis=1)
+        return add_terms(total, [terms[k : k + 1] for k in range(block)], factors, how=how)
 
-    (total,) = lax.fori_loop(0, (count - first) // block, more, sums)
-    return finish(total, dtype)
+    return finish(lax.fori_loop(0, (count - first) // block, more, total), dtype)
 
 
 def along(parts: Any, dimensions: int) -> jax.Array:
-    """Weights [3, P, K] as [3, 1, K, P, 1, ...]: of one sum [P, ...] whose elements have so many dimensions more."""
-    moved = jnp.moveaxis(jnp.asarray(parts), 1, 2)[:, None]
+    """Weights [3, P, K] as [3, K, P, 1, ...]: of a sum [P, ...] whose elements have so many dimensions more."""
+    moved = jnp.moveaxis(jnp.asarray(parts), 1, 2)
     return moved.reshape(*moved.shape, *(1,) * dimensions)
 
 
-def add_words(accumulators: list[Any] | None, words: Sequence[jax.Array], parts: Any) -> list[tuple[Any, Any]]:
+def add_words(accumulator: Any, words: Sequence[jax.Array], parts: Any) -> tuple[Any, Any]:
     """``add_terms`` for bfloat16 that comes two to a uint32 word: sums of the even and of the odd elements, in float64.
 
     XLA on CPU widens bfloat16 element by element; words are widened by one shift and one mask, many at a time.
     """
     low = [lax.bitcast_convert_type(word << np.uint32(16), jnp.float32) for word in words]
     high = [lax.bitcast_convert_type(word & np.uint32(0xFFFF0000), jnp.float32) for word in words]
-    before = accumulators or [(None, None)] * parts.shape[1]
-    even = add_terms(None if accumulators is None else [pair[0] for pair in before], low, parts, how="float64")
-    odd = add_terms(None if accumulators is None else [pair[1] for pair in before], high, parts, how="float64")
-    return list(zip(even, odd, strict=True))
+    even, odd = accumulator or (None, None)
+    return add_terms(even, low, parts, how="float64"), add_terms(odd, high, parts, how="float64")
 
 
 def finish_words(pair: tuple[Any, Any]) -> jax.Array:
@@ -171,7 +160,7 @@ def _is_paired(stack: jax.Array, dtype: Any, how: str) -> bool:
 
 def _paired_bfloat16(stack: jax.Array, parts: Any) -> jax.Array:
     words = lax.bitcast_convert_type(stack.reshape(*stack.shape[:-1], stack.shape[-1] // 2, 2), jnp.uint32)
-    (pair,) = add_words(None, [words[k : k + 1] for k in range(stack.shape[0])], along(parts, words.ndim - 1))
+    pair = add_words(None, [words[k : k + 1] for k in range(stack.shape[0])], along(parts, words.ndim - 1))
     return lax.bitcast_convert_type(finish_words(pair), jnp.bfloat16).reshape(parts.shape[1], *stack.shape[1:])
 
 

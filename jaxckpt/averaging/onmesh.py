@@ -71,14 +71,14 @@ def _buckets(sums: Sequence[Sum]) -> Iterator[list[Sum]]:
 
 @lru_cache(maxsize=256)
 def _start(sharding: Sharding, how: str) -> Any:
-    return jax.jit(lambda value, parts: _terms(value, parts, None, how), out_shardings=_stacked(sharding))
+    return jax.jit(lambda value, parts: _terms(value, parts, None, how), out_shardings=stacked_sharding(sharding))
 
 
 @lru_cache(maxsize=256)
 def _add(sharding: Sharding, how: str) -> Any:
     return jax.jit(
         lambda value, parts, total: _terms(value, parts, total, how),
-        out_shardings=_stacked(sharding),
+        out_shardings=stacked_sharding(sharding),
         donate_argnums=2,
     )
 
@@ -96,8 +96,8 @@ def _finish(sharding: Sharding, dtype: Any) -> Any:
     return jax.jit(finished, out_shardings=sharding)
 
 
-def _stacked(sharding: Sharding) -> Sharding | None:
-    """Of P arrays with this sharding, as one; None where XLA may choose."""
+def stacked_sharding(sharding: Sharding) -> Sharding | None:
+    """Of several arrays with this sharding, stacked on a new first axis; None where XLA may choose."""
     if isinstance(sharding, NamedSharding):
         return NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec), memory_kind=sharding.memory_kind)
     return sharding if isinstance(sharding, SingleDeviceSharding) else None
@@ -107,6 +107,6 @@ def _terms(value: jax.Array, parts: Any, total: Any, how: str) -> list[Any]:
     """P sums [P, ...] of the value, or of its real and of its imaginary part."""
     is_complex = jnp.issubdtype(value.dtype, jnp.complexfloating)
     halves = [jnp.real(value), jnp.imag(value)] if is_complex else [value]
-    before = [None] * len(halves) if total is None else [[old] for old in total]
+    before = [None] * len(halves) if total is None else total
     parts = along(parts, value.ndim)
-    return [add_terms(old, [half[None]], parts, how=how)[0] for half, old in zip(halves, before, strict=True)]
+    return [add_terms(old, [half[None]], parts, how=how) for half, old in zip(halves, before, strict=True)]

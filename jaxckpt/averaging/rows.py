@@ -47,11 +47,10 @@ def _sums(rows: jax.Array, parts: Any, sums: Any, *, size: int, how: str, words:
     ``words``: of bfloat16, two elements to a word of the rows, summed in float64.
     """
     terms, parts = _blocks(rows, parts, size)
-    before = None if sums is None else [sums]
     if not words:
-        (total,) = add_terms(before, terms, parts, how=how)
+        total = add_terms(sums, terms, parts, how=how)
         return total if out is None else finish(total, out)
-    (pair,) = add_words(before, terms, parts)
+    pair = add_words(sums, terms, parts)
     if out is None:
         return pair
     if out == jnp.bfloat16:
@@ -65,11 +64,11 @@ rounded_sums = jax.jit(_sums, static_argnames=_STATIC)  # to another dtype, so t
 
 
 def _blocks(rows: jax.Array, parts: Any, size: int) -> tuple[list[jax.Array], Any]:
-    """K terms [B, 1, size / B] and the weights [3, 1, K, 1, P, 1] of the one sum [B, P, size / B] that they make.
+    """K terms [B, 1, size / B] and the weights [3, K, 1, P, 1] of the one sum [B, P, size / B] that they make.
 
-    As P sums of one loop they would be P * K terms, written out, and compile as long as they run.
+    As P sums of one loop they would be P * K terms, written out and compiled.
     """
     block = math.gcd(size, BLOCK_ELEMENTS) if parts.shape[1] > 1 else size
     shape = (size // block, 1, block)
     terms = [lax.slice(rows, (k, 0), (k + 1, size)).reshape(shape) for k in range(rows.shape[0])]
-    return terms, along(parts, 1)[:, :, :, None]
+    return terms, along(parts, 1)[:, :, None]

@@ -130,12 +130,6 @@ class LiveSource:
                 covered = 0
                 for box, data in pieces:
                     both = intersect(target.box, box)
-                    if target.data.dtype != data.dtype:
-                        raise InvalidArgumentError(
-                            f'Leaf "{self.leaves[leaf].name}" of {self.url} is {self.leaves[leaf].dtype}, of elements '
-                            f"of {data.dtype.itemsize} bytes, and {target.data.dtype.itemsize} bytes are wanted: the "
-                            "function eval_params gave another dtype than when it was traced."
-                        )
                     if both is not None:
                         target.data[both.slices(target.box.start)] = data[both.slices(box.start)]
                         covered += both.size
@@ -266,6 +260,12 @@ class MappedSource:
             values = [np.asarray(value) for value in values]
             with jax.enable_x64(self._x64), jax.default_device(jax.local_devices(backend="cpu")[0]):
                 value = np.asarray(self._program(leaf)(values))
+            entry = self.leaves[leaf]
+            if value.dtype != dtype_of(entry.dtype):
+                raise InvalidArgumentError(
+                    f'eval_params gave "{entry.name}" of {self.url} as {value.dtype}, and as {entry.dtype} when it was '
+                    "first traced. Give a function of the state alone."
+                )
             found = LiveSource(value, self.url)
             self._last = (leaf, found)
             return found, read_bytes

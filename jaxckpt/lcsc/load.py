@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxckpt.averaging.average import average_opened
+from jaxckpt.averaging.onmesh import stacked_sharding
 from jaxckpt.checkpoint.source import Source
 from jaxckpt.core.errors import InvalidArgumentError
 from jaxckpt.lcsc.evaluate import Assembled, Evaluator, Hosted, Resident, Streamed, chunk_of, on_device
@@ -103,7 +104,7 @@ def stack(read: Callable[[int], Sequence[Any]], last: Sequence[Any], count: int)
     """
     places = [i for i, leaf in enumerate(last) if summed(leaf)]
     summed_leaves = [last[i] for i in places]
-    shardings = tuple(_stacked_sharding(leaf) for leaf in summed_leaves)
+    shardings = tuple(stacked_sharding(leaf.sharding) or leaf.sharding for leaf in summed_leaves)
     if all(leaf.is_fully_addressable for leaf in summed_leaves) and count * _bytes(summed_leaves) <= SMALL_BYTES:
         filled = [np.empty((count, *leaf.shape), leaf.dtype) for leaf in summed_leaves]
         for k in range(count):
@@ -124,13 +125,6 @@ def stack(read: Callable[[int], Sequence[Any]], last: Sequence[Any], count: int)
 
 def _bytes(leaves: Sequence[jax.Array]) -> int:
     return sum(leaf.nbytes for leaf in leaves)
-
-
-def _stacked_sharding(leaf: jax.Array) -> Any:
-    sharding = leaf.sharding
-    if isinstance(sharding, NamedSharding):
-        return NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec))
-    return sharding
 
 
 @lru_cache(maxsize=64)

@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxckpt.averaging.combine import combine
-from jaxckpt.averaging.onmesh import _add, _finish, _stacked, _start
+from jaxckpt.averaging.onmesh import _add, _finish, _start, stacked_sharding
 from jaxckpt.lcsc.evaluate import Program, _contracted, _scores, _slopes
 from jaxckpt.lcsc.merge import Form, Lora, make_form
 from jaxckpt.lcsc.selection import Penalty
@@ -132,7 +132,7 @@ def test_sums_of_an_average_are_kept_in_place(name: str, models: int) -> None:
     weights = jax.ShapeDtypeStruct((3, models, 1), jnp.float32, sharding=NamedSharding(on, PartitionSpec()))
     shard = 8192 * 8192 // 16
     first = compile_for_slice(_start(home, "float32"), value, weights)
-    sums = jax.ShapeDtypeStruct((models, *value.shape), jnp.float32, sharding=_stacked(home))
+    sums = jax.ShapeDtypeStruct((models, *value.shape), jnp.float32, sharding=stacked_sharding(home))
     total = [(sums, sums)]
     added = compile_for_slice(_add(home, "float32"), value, weights, total)
     ended = compile_for_slice(_finish(home, np.dtype(jnp.bfloat16)), total)
