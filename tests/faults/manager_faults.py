@@ -64,6 +64,8 @@ def killed(root: str, victim: int, stage: str, how: int, *, waits: bool) -> dict
     coordinator.put(f"test/pid/{coordinator.rank}", str(os.getpid()).encode())
     meet("saved 1")
     pid = int(coordinator.get(f"test/pid/{victim}", timeout_s=PATIENCE_S))
+    if victim == 0:  # it hosts the store, so it may stop only when the others have read all of this
+        touch_and_wait(root, "ready", coordinator.rank, coordinator.size)
     if mine and stage == "step":
         os.kill(os.getpid(), how)
     if mine and stage in STAGES:
@@ -82,9 +84,7 @@ def killed(root: str, victim: int, stage: str, how: int, *, waits: bool) -> dict
     if how != signal.SIGSTOP:
         return told
     if victim == 0:  # and with it the store through which all talk: its wake-up is agreed on in the file system
-        Path(f"{root} told {coordinator.rank}").touch()
-        while coordinator.rank == 1 and len(list(Path(root).parent.glob("* told *"))) < coordinator.size - 1:
-            time.sleep(0.05)
+        touch_and_wait(root, "told", coordinator.rank, coordinator.size - 1 if coordinator.rank == 1 else 0)
         if coordinator.rank == 1:
             os.kill(pid, signal.SIGCONT)
         return told
@@ -102,6 +102,13 @@ def killed(root: str, victim: int, stage: str, how: int, *, waits: bool) -> dict
     told |= {"again": manager.all_steps(), "whole": is_whole(found, 2)}
     manager.close()
     return told
+
+
+def touch_and_wait(root: str, name: str, rank: int, n: int) -> None:
+    """Say so in the file system, and wait until ``n`` processes have."""
+    Path(f"{root} {name} {rank}").touch()
+    while len(list(Path(root).parent.glob(f"* {name} *"))) < n:
+        time.sleep(0.05)
 
 
 def hit(event: Event, stage: str, how: int, stop: Any) -> None:
