@@ -173,7 +173,6 @@ class Piece:
             budget=budget,
             key=self.seed,
             validation=by.chooses,
-            draws=2,
             **how,
         )
         took = time.perf_counter() - started

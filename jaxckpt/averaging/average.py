@@ -13,7 +13,7 @@ import numpy as np
 from jaxckpt.averaging.kernel import Accumulate, resolve
 from jaxckpt.averaging.onmesh import mesh_sums
 from jaxckpt.averaging.plan import Copy, Missing, Policy, Sum, Weights, make_plan
-from jaxckpt.averaging.reading import Want, boxes_of, fetch, finished, is_tree, made_together, opener
+from jaxckpt.averaging.reading import Want, boxes_of, check_free, fetch, finished, is_tree, made_together, opener
 from jaxckpt.averaging.sources import EvalParams, arrays_of, check_sources, open_sources
 from jaxckpt.averaging.stream import stream_sums
 from jaxckpt.checkpoint.exchange import is_shared
@@ -155,6 +155,9 @@ def average_to(
     text = str(path)
     if given.many and "{p}" not in text:
         raise InvalidArgumentError(f'{given.models} results cannot all be saved to {text}: put "{{p}}" into the path.')
+    places = [text.replace("{p}", str(p)) for p in range(given.models)] if given.many else [path]
+    for place in places:
+        check_free(place, options, overwrite=overwrite)
     found = average_opened(opened, given, **how)
     steps = [step_of(source) for source in opened]
     known = [one for one in steps if one is not None]
@@ -166,7 +169,7 @@ def average_to(
         ]
         record = {"method": method, "weights": given.record(p), "metric": metric}
         save(
-            text.replace("{p}", str(p)) if given.many else path,
+            places[p],
             tree,
             overwrite=overwrite,
             step=step if step is not None else (known[-1] if known else None),
@@ -345,8 +348,8 @@ def _sum_numbers(sources: Sequence[Source], one: Sum) -> list[Any]:
     numbers = [plain_value(sources[k].leaves[leaf]) for k, leaf in zip(one.sources, one.leaves, strict=True)]
     found = []
     for row in one.weights.tolist():
-        terms = [w * x for w, x in zip(row, numbers, strict=True)]
-        total = sum(terms) if any(isinstance(x, complex) for x in numbers) else math.fsum(terms)
+        terms = [w * x for w, x in zip(row, numbers, strict=True) if w]
+        total: Any = sum(terms, 0j) if any(isinstance(x, complex) for x in numbers) else math.fsum(terms)
         found.append(one.want.convert(round(total) if all(type(x) is int for x in numbers) else total))
     return found
 

@@ -87,7 +87,8 @@ def interpolate(a: PyTree, b: PyTree, t: Any, *, preserve_variance: bool = False
     Args:
         a: a tree.
         b: a tree of the same structure and shapes.
-        t: a number or a scalar array; outside [0, 1] it extrapolates. At 0 and 1 the result is ``a`` and ``b`` exactly.
+        t: a number or a scalar array; outside [0, 1] it extrapolates. At 0 and 1 the result is ``a`` and ``b`` exactly,
+            where both are finite.
         preserve_variance: divide by ``sqrt((1 - t)^2 + t^2)``, which keeps the variance of independent weights
             ("Random Teachers are Good Teachers", arXiv 2302.12091, whose students start between a teacher
             and a fresh network).

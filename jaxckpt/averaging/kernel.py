@@ -52,7 +52,9 @@ def split_weights(weights: Any) -> Any:
     return np.stack(parts)
 
 
-def add_terms(accumulator: Accumulator | None, terms: Sequence[jax.Array], parts: Any, *, how: str) -> Accumulator:
+def add_terms(
+    accumulator: Accumulator | None, terms: Sequence[jax.Array], parts: Any, *, how: str, used: bool = False
+) -> Accumulator:
     """``accumulator + sum_k weights[k] * terms[k]``, in one fused loop over the elements.
 
     Args:
@@ -61,8 +63,12 @@ def add_terms(accumulator: Accumulator | None, terms: Sequence[jax.Array], parts
         parts: the weights as ``split_weights`` gives them, float32 [3, K], or [3, K, ...] of weights that broadcast
             with the terms: P sums are one, see ``along``.
         how: "float64" or "float32" (pairs).
+        used: a term of weight zero is left out, which matters where it is not finite. Without it, gradients with
+            respect to such weights are right.
     """
     total = accumulator
+    if used:
+        terms = [jnp.where(parts[0, k] == 0, jnp.zeros_like(term), term) for k, term in enumerate(terms)]
     if how == "float64":
         with jax.enable_x64(True):
             weights = sum_parts(parts)
@@ -128,7 +134,7 @@ def along(parts: Any, dimensions: int) -> jax.Array:
     return moved.reshape(*moved.shape, *(1,) * dimensions)
 
 
-def add_words(accumulator: Any, words: Sequence[jax.Array], parts: Any) -> tuple[Any, Any]:
+def add_words(accumulator: Any, words: Sequence[jax.Array], parts: Any, *, used: bool = False) -> tuple[Any, Any]:
     """``add_terms`` for bfloat16 that comes two to a uint32 word: sums of the even and of the odd elements, in float64.
 
     XLA on CPU widens bfloat16 element by element; words are widened by one shift and one mask, many at a time.
@@ -136,7 +142,7 @@ def add_words(accumulator: Any, words: Sequence[jax.Array], parts: Any) -> tuple
     low = [lax.bitcast_convert_type(word << np.uint32(16), jnp.float32) for word in words]
     high = [lax.bitcast_convert_type(word & np.uint32(0xFFFF0000), jnp.float32) for word in words]
     even, odd = accumulator or (None, None)
-    return add_terms(even, low, parts, how="float64"), add_terms(odd, high, parts, how="float64")
+    return tuple(add_terms(half, terms, parts, how="float64", used=used) for half, terms in ((even, low), (odd, high)))
 
 
 def finish_words(pair: tuple[Any, Any]) -> jax.Array:

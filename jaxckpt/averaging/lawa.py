@@ -7,6 +7,7 @@ from typing import Any
 
 from jaxckpt.averaging.average import average, step_of
 from jaxckpt.averaging.reading import open_path
+from jaxckpt.checkpoint.source import OwnSource
 from jaxckpt.core.errors import InvalidArgumentError, NotFoundError
 from jaxckpt.format.orbax_metadata import COMMIT_MARKER
 from jaxckpt.format.sidecar import FILE_NAME
@@ -51,6 +52,7 @@ def newest(
     """(step, place) of the k newest committed checkpoints under ``root`` (None: of all), oldest first.
 
     They are those of a manager, of ours or Orbax's, or saved one by one into folders whose names end in a number.
+    Averages that were saved beside them, as ``ema-0.9``, are none of them.
     """
     if k is not None and k < 1:
         raise InvalidArgumentError(f"k is {k}; it is at least 1.")
@@ -65,7 +67,7 @@ def newest(
         if len(chosen) == k:
             break
         folder = _checkpoint_in(store, name)
-        if folder is not None:
+        if folder is not None and (name.isdecimal() or not _is_average(store, folder)):
             is_path = isinstance(root, str | os.PathLike)
             chosen.append((number, f"{os.fspath(root).rstrip('/')}/{folder}" if is_path else store.child(folder)))
     if not chosen:
@@ -93,6 +95,11 @@ def recorded_steps(paths: Sequence[Location], options: StorageOptions | None = N
             )
         found.append(step)
     return found
+
+
+def _is_average(store: AbstractStore, folder: str) -> bool:
+    source = open_path(store.child(folder), None)
+    return isinstance(source, OwnSource) and "averaging" in source.sidecar.metadata
 
 
 def _checkpoint_in(store: AbstractStore, folder: str) -> str | None:

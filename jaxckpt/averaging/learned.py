@@ -6,21 +6,22 @@ of them twice and holds one model, its gradient and a bucket.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxckpt.averaging.average import average
+from jaxckpt.averaging.average import average_opened
 from jaxckpt.averaging.globs import check_globs, matches
 from jaxckpt.averaging.reading import Want
-from jaxckpt.averaging.sources import arrays_of, open_sources
-from jaxckpt.checkpoint.match import Places
+from jaxckpt.averaging.sources import EvalParams, arrays_of, open_sources
+from jaxckpt.checkpoint.match import Only, Places, selector
 from jaxckpt.checkpoint.source import Source
 from jaxckpt.core.errors import InvalidArgumentError, MismatchError
 from jaxckpt.core.text import counted
-from jaxckpt.core.tree import flatten
+from jaxckpt.core.tree import Path, flatten, path_name, rebuild
 from jaxckpt.storage.url import StorageOptions
 
 PyTree = Any
@@ -51,6 +52,8 @@ def learned_soup(
     groups: Sequence[str] = ("*",),
     normalize: str = "softmax",
     batches: Callable[[int], Any] | None = None,
+    only: Only = None,
+    eval_params: EvalParams = None,
     options: StorageOptions | None = None,
 ) -> LearnedSoup:
     """Coefficients by Adam on a differentiable loss; the best step's are returned.
@@ -58,13 +61,16 @@ def learned_soup(
     Args:
         sources: checkpoints (paths) or trees.
         loss_fn: ``params -> scalar``, or ``(params, batch) -> scalar`` with ``batches``; differentiable.
-        like: the parameters, as of ``average``: a tree of floating leaves.
+        like: what the loss gets, as of ``average``. Coefficients are learned for its floating leaves.
         steps: of descent.
         learning_rate: of Adam.
         groups: globs of leaf names, each with coefficients of its own ("by layer"); the first that matches counts.
         normalize: ``"softmax"`` (the paper's: positive, sum one), ``"sum"`` (signed, sum one: steps along the plane) or
             ``"none"``.
         batches: the batch of each step; None: ``loss_fn`` has its data.
+        only: as of ``average``: what is learned and averaged, as ``"params"`` of whole training states; other leaves
+            of ``like`` are as they are there.
+        eval_params: as of ``average``.
         options: endpoint, region and credentials of object stores.
 
     Example:
@@ -75,25 +81,34 @@ def learned_soup(
     """
     if normalize not in ("softmax", "sum", "none"):
         raise InvalidArgumentError(f'normalize is {normalize!r}; it is "softmax", "sum" or "none".')
-    opened = open_sources(sources, None, options)
-    group_of = _groups(like, groups)
+    opened = open_sources(sources, eval_params, options)
+    group_of = _groups(like, groups, only)
     count = len(sources)
     logits = np.zeros((len(groups), count)) if normalize == "softmax" else np.full((len(groups), count), 1 / count)
-    value_and_grad = jax.jit(jax.value_and_grad(loss_fn))
+
+    def loss_of(learned: list[jax.Array], params: PyTree, *batch: Any) -> Any:
+        values = dict(zip(group_of, learned, strict=True))
+        return loss_fn(rebuild(params, lambda path, old: values.get(path, old)), *batch)
+
+    value_and_grad = jax.jit(jax.value_and_grad(loss_of))
+    mix = partial(average_opened, opened, like=like, only=only)
     first, second = np.zeros_like(logits), np.zeros_like(logits)
     losses: list[float] = []
     best: tuple[float, np.ndarray] = (np.inf, _weights(logits, normalize))
     for step in range(steps + 1):
         weights = _weights(logits, normalize)
-        params = average(sources, dict(zip(groups, weights, strict=True)), like=like, options=options)
-        loss, gradient = value_and_grad(params) if batches is None else value_and_grad(params, batches(step))
+        params = mix(dict(zip(groups, weights, strict=True)))
+        learned = {leaf.path: leaf.value for leaf in flatten(params)[0] if leaf.path in group_of}
+        batch = () if batches is None else (batches(step),)
+        loss, slopes = value_and_grad([learned[path] for path in group_of], params, *batch)
         losses.append(float(loss))
         if losses[-1] < best[0]:
             best = (losses[-1], weights)
         if step == steps:
             break
-        del params
-        slope = inner_products(opened, gradient, group_of, len(groups))
+        del params, learned
+        gradient = [Gradient(path, slope, group_of[path]) for path, slope in zip(group_of, slopes, strict=True)]
+        slope = inner_products(opened, gradient, len(groups))
         if normalize == "softmax":
             slope = weights * (slope - (weights * slope).sum(axis=1, keepdims=True))
         elif normalize == "sum":
@@ -106,13 +121,20 @@ def learned_soup(
         if normalize == "sum":  # Adam's scaling leaves the plane of equal sums: step back onto it
             change -= change.mean(axis=1, keepdims=True)
         logits = logits - learning_rate * change
-    params = average(sources, dict(zip(groups, best[1], strict=True)), like=like, options=options)
+    params = mix(dict(zip(groups, best[1], strict=True)))
     return LearnedSoup(params, best[1], tuple(groups), losses)
 
 
-def inner_products(sources: Sequence[Source], tree: PyTree, group_of: dict[Any, int], groups: int) -> np.ndarray:
-    """float64 [groups, K]: the inner product of each source with a tree, over the leaves of each group; streamed."""
-    leaves = [leaf for leaf in flatten(tree)[0] if leaf.path in group_of]
+class Gradient(NamedTuple):
+    """The loss' gradient in one leaf, and the group whose coefficients it counts for."""
+
+    path: Path
+    value: jax.Array
+    group: int
+
+
+def inner_products(sources: Sequence[Source], leaves: Sequence[Gradient], groups: int) -> np.ndarray:
+    """float64 [groups, K]: the inner product of each source with the gradient, over each group's leaves; streamed."""
     found = np.zeros((groups, len(sources)))
     for k, source in enumerate(sources):
         places = Places(source.structure)
@@ -121,7 +143,7 @@ def inner_products(sources: Sequence[Source], tree: PyTree, group_of: dict[Any, 
         for place, leaf in enumerate(leaves):
             path = places.find(leaf.path)
             if path is None:
-                raise MismatchError(f'"{leaf.name}" is not in {source.url}.')
+                raise MismatchError(f'"{path_name(leaf.path)}" is not in {source.url}.')
             batch.append((leaf, places.leaves[path]))
             size += leaf.value.nbytes
             if size >= BUCKET_BYTES or place == len(leaves) - 1:
@@ -129,15 +151,17 @@ def inner_products(sources: Sequence[Source], tree: PyTree, group_of: dict[Any, 
                 values, _ = arrays_of(source, wants)
                 products = [_dot(leaf.value, value) for (leaf, _), value in zip(batch, values, strict=True)]
                 for (leaf, _), product in zip(batch, products, strict=True):
-                    found[group_of[leaf.path], k] += float(product)
+                    found[leaf.group, k] += float(product)
                 batch, size = [], 0
     return found
 
 
-def _groups(like: PyTree, globs: Sequence[str]) -> dict[Any, int]:
+def _groups(like: PyTree, globs: Sequence[str], only: Only) -> dict[Path, int]:
     found, unmatched, names = {}, [], []
     for leaf in flatten(like)[0]:
         if not hasattr(leaf.value, "dtype") or not jnp.issubdtype(leaf.value.dtype, jnp.inexact):
+            continue
+        if only is not None and not selector(only)(leaf.name):
             continue
         names.append(leaf.name)
         group = next((i for i, glob in enumerate(globs) if matches(leaf.name, glob)), None)

@@ -108,5 +108,6 @@ def _terms(value: jax.Array, parts: Any, total: Any, how: str) -> list[Any]:
     is_complex = jnp.issubdtype(value.dtype, jnp.complexfloating)
     halves = [jnp.real(value), jnp.imag(value)] if is_complex else [value]
     before = [None] * len(halves) if total is None else total
+    used = parts.shape[1] > 1  # each of P results has sources of its own
     parts = along(parts, value.ndim)
-    return [add_terms(old, [half[None]], parts, how=how) for half, old in zip(halves, before, strict=True)]
+    return [add_terms(old, [half[None]], parts, how=how, used=used) for half, old in zip(halves, before, strict=True)]

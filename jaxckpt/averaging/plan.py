@@ -165,10 +165,12 @@ def make_plan(
     if problems:
         raise MismatchError(_report(problems))
     order = {key: i for i, key in enumerate(results)}
+    example = like if is_tree else getattr(sources[0], "example", None)
+    has_all = is_tree or (example is not None and {leaf.path for leaf in flatten(example)[0]} == keys.keys())
 
     def assemble(values: Sequence[Any]) -> Any:
-        if is_tree:
-            return rebuild(like, lambda path, old: values[order[keys[path]]] if path in keys else old)
+        if has_all:
+            return rebuild(example, lambda path, old: values[order[keys[path]]] if path in keys else old)
         kept = prune(structure, lambda leaf, path: path in keys) or NONE
         paths = _numbered(kept, keys)
         return build(paths[0], lambda i: values[order[keys[paths[1][i]]]])

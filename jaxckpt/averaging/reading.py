@@ -8,6 +8,7 @@ import numpy as np
 from jax.sharding import Sharding
 
 from jaxckpt.checkpoint import restore as _restore
+from jaxckpt.checkpoint.commit import examine
 from jaxckpt.checkpoint.place import Want as Want
 from jaxckpt.checkpoint.source import Source, open_source
 from jaxckpt.core.box import Box, whole
@@ -24,6 +25,11 @@ Made = TypeVar("Made")
 def open_path(path: Location, options: StorageOptions | None) -> Source:
     """The checkpoint there."""
     return open_source(open_store(path, options))
+
+
+def check_free(path: Location, options: StorageOptions | None, *, overwrite: bool) -> None:
+    """AlreadyExistsError where a save there would be refused."""
+    examine(open_store(path, options), overwrite=overwrite)
 
 
 def fetch(source: Source, wants: list[Want]) -> tuple[list[Any], int]:

@@ -46,11 +46,12 @@ def _sums(rows: jax.Array, parts: Any, sums: Any, *, size: int, how: str, words:
 
     ``words``: of bfloat16, two elements to a word of the rows, summed in float64.
     """
+    used = parts.shape[1] > 1  # each of P results has sources of its own
     terms, parts = _blocks(rows, parts, size)
     if not words:
-        total = add_terms(sums, terms, parts, how=how)
+        total = add_terms(sums, terms, parts, how=how, used=used)
         return total if out is None else finish(total, out)
-    pair = add_words(sums, terms, parts)
+    pair = add_words(sums, terms, parts, used=used)
     if out is None:
         return pair
     if out == jnp.bfloat16:

@@ -1,11 +1,13 @@
 """Average whole runs: the snapshots of each, then the runs, with a policy for the head."""
 
+import os
 from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
 
 from jaxckpt.averaging.average import average
+from jaxckpt.averaging.lawa import newest
 from jaxckpt.averaging.plan import Weights
 from jaxckpt.core.errors import InvalidArgumentError
 
@@ -13,7 +15,11 @@ Head = Literal["average", "first"]
 
 
 def run_average(
-    runs: Sequence[Sequence[Any]], *, head: Sequence[str] | str = (), head_policy: Head = "average", **how: Any
+    runs: Sequence[Sequence[Any] | str | os.PathLike[str]],
+    *,
+    head: Sequence[str] | str = (),
+    head_policy: Head = "average",
+    **how: Any,
 ) -> Any:
     """The average over runs of the average of each run's snapshots, in one pass over all of them.
 
@@ -22,7 +28,8 @@ def run_average(
     run is kept (``"first"``).
 
     Args:
-        runs: the snapshots (paths or trees) of each run; their numbers may differ.
+        runs: the snapshots (paths or trees) of each run, or the folder of the run: all its steps; their numbers may
+            differ.
         head: names, subtrees or globs of the head's leaves.
         head_policy: ``"average"`` over all runs, or ``"first"``: over the first run alone.
         how: the other arguments of ``average``, as ``like``.
@@ -33,6 +40,11 @@ def run_average(
         >>> found["body"].item(), found["head"].item()
         (0.5, 0.0)
     """
+    options = how.get("options")
+    runs = [
+        [path for _, path in newest(run, None, options=options)] if isinstance(run, str | os.PathLike) else run
+        for run in runs
+    ]
     weights = run_weights([len(run) for run in runs])
     if head_policy not in ("average", "first"):
         raise InvalidArgumentError(f'head_policy is {head_policy!r}; it is "average" or "first".')

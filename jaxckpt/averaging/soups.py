@@ -1,6 +1,7 @@
 """Model soups: uniform, weighted and greedy (Wortsman et al., "Model soups", ICML 2022, arXiv 2203.05482)."""
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -84,7 +85,8 @@ def greedy_soup(
 
     Args:
         sources: checkpoints (paths) or trees.
-        evaluate: ``params -> score`` on held-out data; deterministic, or a resumed search may differ.
+        evaluate: ``params -> score`` on held-out data; deterministic, or a resumed search may differ. NaN is the worst
+            score.
         mode: whether large or small scores are good.
         scores: of each source alone, where they are known; otherwise they are evaluated first.
         progress: a JSON file of all scores so far. Where it exists, the search goes on from it: nothing that was
@@ -108,7 +110,9 @@ def greedy_soup(
     for k in range(len(log.scores), count):
         log.scores.append(float(evaluate(average([sources[k]], [1.0], **_alone(how, k)))))
         log.write()
-    order = sorted(range(count), key=lambda k: -sign * log.scores[k])
+    order = sorted(range(count), key=lambda k: (math.isnan(log.scores[k]), -sign * log.scores[k]))
+    if math.isnan(log.scores[order[0]]):
+        raise InvalidArgumentError(f"evaluate gave NaN for each of the {count} sources alone: none can be a start.")
     chosen, best = [order[0]], log.scores[order[0]]
     for place, k in enumerate(order[1:]):
         if place < len(log.trials):

@@ -20,7 +20,7 @@ from jaxckpt.core.box import Box, from_index, intersect, whole
 from jaxckpt.core.dtypes import dtype_of, mover
 from jaxckpt.core.errors import InvalidArgumentError
 from jaxckpt.core.text import counted
-from jaxckpt.core.tree import build, flatten
+from jaxckpt.core.tree import build, flatten, rebuild, walk
 from jaxckpt.format.sidecar import LeafEntry
 from jaxckpt.storage.store import AbstractStore
 from jaxckpt.storage.url import StorageOptions
@@ -110,6 +110,7 @@ class LiveSource:
 
     def __init__(self, tree: PyTree, name: str) -> None:
         described = describe(tree)
+        self.example = tree  # of the containers of a result
         self.url, self.structure, self.arrays = name, described.structure, described.arrays
         self.leaves: Sequence[LeafEntry] = tuple(
             replace(entry, chunk=tuple(max(n, 1) for n in entry.shape), sharding=place) if entry.stored else entry
@@ -184,12 +185,14 @@ class MappedSource:
         self._x64 = jax.dtypes.canonicalize_dtype(np.float64) == np.float64
         structs = [_struct(source.leaves[i]) for i in self._inputs]
         closed, out = jax.make_jaxpr(self._apply, return_shape=True)(structs)
+        self.example = out
         leaves, self.structure = flatten(out)
         jaxpr = closed.jaxpr
         place_of = {var: place for place, var in enumerate(jaxpr.invars)}
         self._same: dict[int, int] = {}  # leaf -> leaf of the source
         self._needs = _dependencies(jaxpr)
         entries = []
+        self.shardings: Sequence[dict[str, Any]] = list(source.shardings)
         for place, (leaf, var) in enumerate(zip(leaves, jaxpr.outvars, strict=True)):
             if not hasattr(var, "val") and var in place_of:
                 self._same[place] = self._inputs[place_of[var]]
@@ -197,7 +200,7 @@ class MappedSource:
             else:
                 shape = tuple(leaf.value.shape)
                 chunk = tuple(max(n, 1) for n in shape)
-                like = next((source.leaves[self._inputs[i]].sharding for i in self._needs[place]), -1)
+                like = self._place_of(shape, [source.leaves[self._inputs[i]] for i in self._needs[place]])
                 entries.append(
                     LeafEntry(
                         name=leaf.name,
@@ -209,9 +212,25 @@ class MappedSource:
                     )
                 )
         self.leaves: Sequence[LeafEntry] = tuple(entries)
-        self.shardings: Sequence[dict[str, Any]] = source.shardings
         self._lock = threading.Lock()
         self._last: tuple[int, LiveSource | None] = (-1, None)
+
+    def _place_of(self, shape: tuple[int, ...], inputs: Sequence[LeafEntry]) -> int:
+        """The sharding of a computed leaf: that of an input of its shape, or else on all devices of an input's mesh."""
+        alike = next((entry.sharding for entry in inputs if entry.shape == shape), None)
+        if alike is not None:
+            return alike
+        found = max(
+            (entry.sharding for entry in inputs if entry.sharding >= 0),
+            key=lambda place: len(self.shardings[place].get("devices", ())),
+            default=-1,
+        )
+        if found < 0 or "spec" not in self.shardings[found]:
+            return found
+        replicated = self.shardings[found] | {"spec": []}
+        if replicated not in self.shardings:
+            self.shardings = [*self.shardings, replicated]
+        return self.shardings.index(replicated)
 
     def fill(self, targets: Mapping[int, tuple[Target, ...]]) -> int:
         """Read what is read as it is, and compute the rest on the host."""
@@ -291,9 +310,14 @@ class MappedSource:
 
     def _apply(self, values: list[Any]) -> PyTree:
         given = dict(zip(self._inputs, values, strict=True))
-        return self._function(
-            build(self.source.structure, lambda i: given[i] if i in given else plain_value(self.source.leaves[i]))
-        )
+
+        def leaf(i: int) -> Any:
+            return given[i] if i in given else plain_value(self.source.leaves[i])
+
+        if not isinstance(self.source, LiveSource):
+            return self._function(build(self.source.structure, leaf))
+        at = {path: node.leaf for path, node in walk(self.source.structure) if node.kind == "leaf"}
+        return self._function(rebuild(self.source.example, lambda path, _: leaf(at[path])))
 
 
 def _struct(entry: LeafEntry) -> jax.ShapeDtypeStruct:

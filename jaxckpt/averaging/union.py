@@ -43,9 +43,19 @@ def common(structures: Sequence[Node]) -> Node:
     if first.kind in ("leaf", "none") or all(other == first for other in structures):
         return first if all((other.kind == "leaf") == (first.kind == "leaf") for other in structures) else NONE
     texts = [{str(key): child for key, child in zip(one.keys, one.children, strict=True)} for one in structures]
-    keys = tuple(key for key in first.keys if all(str(key) in text for text in texts))
-    children = tuple(common([text[str(key)] for text in texts]) for key in keys)
+    shared = {
+        key: common([text[str(key)] for text in texts])
+        for key in first.keys
+        if all(str(key) in text for text in texts)
+    }
+    # What has lost all its leaves is left out; None and empty containers are structure.
+    left = {key: child for key, child in shared.items() if _has_leaf(child) or not _has_leaf(texts[0][str(key)])}
+    keys, children = tuple(left), tuple(left.values())
     if len(keys) == len(first.keys):
         return Node(kind=first.kind, type=first.type, keys=keys, children=children)
     is_start = first.kind in ("list", "tuple") and keys == first.keys[: len(keys)]
     return Node(kind=first.kind if is_start or first.kind == "dict" else "dict", keys=keys, children=children)
+
+
+def _has_leaf(node: Node) -> bool:
+    return node.kind == "leaf" or any(map(_has_leaf, node.children))

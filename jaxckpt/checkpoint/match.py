@@ -65,9 +65,15 @@ def selector(only: Only) -> Callable[[str], bool]:
 
 
 def prune(structure: Node, keep: Callable[[int, Path], bool], path: Path = ()) -> Node | None:
-    """The structure of the chosen leaves alone: containers that hold none of them are dropped."""
-    if structure.kind == "leaf":
-        return structure if keep(structure.leaf, path) else None
+    """The structure of the chosen leaves alone: containers that hold none of them are dropped.
+
+    A container whose leaves are all chosen stays as it is, with each None and empty container in it.
+    """
+    leaves = [keep(node.leaf, at) for at, node in walk(structure, path) if node.kind == "leaf"]
+    if not any(leaves):
+        return None
+    if all(leaves):
+        return structure
     kept = []
     for key, child in zip(structure.keys, structure.children, strict=True):
         found = prune(child, keep, (*path, key))

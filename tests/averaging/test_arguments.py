@@ -182,3 +182,12 @@ def test_average_to_tells_of_its_arguments_before_the_work() -> None:
         averaging.average_to("memory://arguments/none", ["memory://arguments/nowhere"], bogus=1)
     with pytest.raises(jc.CheckpointError, match=r"metric is {'v': .*}, which cannot be kept as JSON: .*float32"):
         averaging.average_to("memory://arguments/none", ["memory://arguments/nowhere"], metric={"v": np.float32(1)})
+
+
+def test_what_is_there_is_told_before_any_work() -> None:
+    jc.save("memory://arguments/there", {"w": np.ones(1)})
+    with pytest.raises(jc.AlreadyExistsError, match="holds a checkpoint already"):
+        averaging.average_to("memory://arguments/there", [TREE], finalize=fails)
+    jc.save("memory://arguments/there-1", {"w": np.ones(1)})
+    with pytest.raises(jc.AlreadyExistsError, match="there-1/ holds a checkpoint already"):
+        averaging.average_to("memory://arguments/there-{p}", [TREE], [[1.0], [2.0]], finalize=fails)

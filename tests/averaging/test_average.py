@@ -342,3 +342,16 @@ def test_like_may_hold_more(where: Any) -> None:
 def test_average_to_keeps_complex_leaves(tmp_path: Path) -> None:
     average_to(tmp_path / "soup", COMPLEX, dtype=np.float16)
     assert jc.restore(tmp_path / "soup")["c"].tolist() == [1 + 2j, 3 + 4j]
+
+
+@pytest.mark.parametrize("how", [{"where": "host"}, {"where": "device"}, {"where": "device", "accumulate": "float32"}])
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+def test_a_source_of_weight_zero_is_in_none_of_the_results(how: dict[str, Any], dtype: Any) -> None:
+    bad = [1.0, np.inf, np.nan, 2.0]
+    trees = [{"w": jnp.asarray(values, dtype), "n": values[1]} for values in ([1.0, 2.0, 3.0, 4.0], bad)]
+    both = average(trees, [[1, 0], [0, 1]], **how)
+    for found, row in zip(both, ([1, 0], [0, 1]), strict=True):
+        alone = average(trees, row, **how)
+        np.testing.assert_array_equal(np.asarray(found["w"], np.float32), np.asarray(alone["w"], np.float32))
+        assert found["n"] == alone["n"]
+    assert both[0]["n"] == 2.0

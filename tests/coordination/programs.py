@@ -138,9 +138,8 @@ def leave_the_job() -> list[str]:
     jax.distributed.shutdown()
     if coordinator.rank == 0:
         return []
-    messages = []
     session = Session(coordinator, "late")
-    for call in (
+    calls = (
         lambda: coordinator.get("test/never", timeout_s=30),
         lambda: coordinator.try_get("test/never"),
         lambda: coordinator.put("test/never", b""),
@@ -148,8 +147,8 @@ def leave_the_job() -> list[str]:
         lambda: coordinator.delete("test"),
         lambda: session.enter("writing"),
         lambda: session.wait("committed", timeout_s=5),
-    ):
-        messages.append(_failure(call))
+    )
+    messages = [_failure(call) for call in calls]
     untold = ValueError("bad tree")
     session.fail(untold)
     session.close()
