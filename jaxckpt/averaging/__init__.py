@@ -1,5 +1,9 @@
 """Better models from checkpoints: weighted averages, soups, EMA; streamed, sharded, rounded once."""
 
+from jaxckpt.averaging import batch_norm as batch_norm
+from jaxckpt.averaging import ema as ema
+from jaxckpt.averaging import posthoc as posthoc
+from jaxckpt.averaging import swa as swa
 from jaxckpt.averaging.average import average as average
 from jaxckpt.averaging.average import average_to as average_to
 from jaxckpt.averaging.combine import Barrier as Barrier

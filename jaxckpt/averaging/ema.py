@@ -41,8 +41,10 @@ def init(params: PyTree, *, debias: bool = False) -> EmaState:
         [0.75, 0.75]
     """
     start = jnp.zeros((), jnp.float32) if debias else jnp.ones((), jnp.float32)
-    shadow = jax.tree.map(lambda x: _wide(x) * start.astype(_wide(x).dtype) if _is_floating(x) else x, params)
-    return EmaState(jnp.zeros((), jnp.int32), start, shadow)
+    average = shadow(params)
+    if debias:
+        average = jax.tree.map(lambda x: jnp.zeros_like(x) if _is_floating(x) else x, average)
+    return EmaState(jnp.zeros((), jnp.int32), start, average)
 
 
 def update(state: EmaState, params: PyTree, *, decay: Any, warm_up: bool = False) -> EmaState:
@@ -52,19 +54,19 @@ def update(state: EmaState, params: PyTree, *, decay: Any, warm_up: bool = False
     Args:
         state: of ``init`` or ``update``; may be donated.
         params: the weights after this step, with the structure of the state's.
-        decay: d in [0, 1), a number or a traced scalar.
+        decay: d in [0, 1), a number or a traced scalar. Of a number ``1 - d`` is exact; a float32 scalar near one is
+            not the d that it was made from (0.999999 is off by 1 % of ``1 - d``).
         warm_up: use ``min(d, (1 + n) / (10 + n))`` after n updates, so that early weights are forgotten soon.
     """
-    if isinstance(decay, int | float) and not 0 <= decay < 1:
+    is_number = isinstance(decay, int | float | np.number)
+    if is_number and not 0 <= decay < 1:
         raise InvalidArgumentError(f"decay is {decay}; it is at least 0 and less than 1.")
-    rate = jnp.asarray(decay, jnp.float32)
+    # In float32 the difference of one and a decay near one would have few digits.
+    rate = jnp.asarray(1 - float(decay)) if is_number else 1 - jnp.asarray(decay, jnp.float32)
     if warm_up:
-        count = state.count.astype(jnp.float32)
-        rate = jnp.minimum(rate, (1 + count) / (10 + count))
-    average = jax.tree.map(
-        lambda a, x: a + (1 - rate).astype(a.dtype) * (_wide(x) - a) if _is_floating(x) else x, state.average, params
-    )
-    return EmaState(state.count + 1, state.weight + (1 - rate) * (1 - state.weight), average)
+        rate = jnp.maximum(rate, (9 / (10 + state.count.astype(jnp.float32))).astype(rate.dtype))  # 1 - (1+n) / (10+n)
+    weight = state.weight + rate.astype(jnp.float32) * (1 - state.weight)
+    return EmaState(state.count + 1, weight, moved(state.average, params, rate))
 
 
 def value(state: EmaState, like: PyTree = None) -> PyTree:
@@ -76,7 +78,7 @@ def value(state: EmaState, like: PyTree = None) -> PyTree:
     """
     scale = jnp.where(state.weight > 0, 1 / jnp.maximum(state.weight, jnp.finfo(jnp.float32).tiny), 1)
     found = jax.tree.map(lambda a: a * scale.astype(a.dtype) if _is_floating(a) else a, state.average)
-    return found if like is None else jax.tree.map(lambda a, x: a.astype(x.dtype), found, like)
+    return found if like is None else cast(found, like)
 
 
 def transformation(decay: float, *, warm_up: bool = False, debias: bool = False) -> Transformation:
@@ -117,10 +119,36 @@ def ema_weights(count: int, decay: float) -> np.ndarray:
     return weights
 
 
+def shadow(params: PyTree) -> PyTree:
+    """A copy, float32 where ``params`` is narrower: it shares no memory with them, so either may be donated."""
+    return jax.tree.map(_own, params)
+
+
+def moved(average: PyTree, params: PyTree, rate: jax.Array) -> PyTree:
+    """``average + rate * (params - average)``; leaves that are not floating are copies of those of ``params``."""
+    return jax.tree.map(
+        lambda a, x: a + rate.astype(a.dtype) * (_wide(x) - a) if _is_floating(x) else _own(x), average, params
+    )
+
+
+def cast(tree: PyTree, like: PyTree) -> PyTree:
+    """``tree`` in the dtypes of ``like``; PRNG keys as they are."""
+    return jax.tree.map(lambda a, x: a if _is_key(a) else jnp.asarray(a).astype(jnp.result_type(x)), tree, like)
+
+
 def _is_floating(x: Any) -> bool:
-    return jnp.issubdtype(jnp.result_type(x) if not hasattr(x, "dtype") else x.dtype, jnp.inexact)
+    return jnp.issubdtype(jnp.result_type(x), jnp.inexact)
 
 
-def _wide(x: Any) -> jax.Array:
-    x = jnp.asarray(x)
-    return x if x.dtype in (jnp.float64, jnp.complex128, jnp.complex64) else x.astype(jnp.float32)
+def _is_key(x: Any) -> bool:
+    return jnp.issubdtype(jnp.result_type(x), jax.dtypes.prng_key)
+
+
+def _wide(x: Any, *, copy: bool | None = None) -> jax.Array:
+    dtype = jnp.result_type(x)
+    is_narrow = jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32
+    return jnp.asarray(x, jnp.float32 if is_narrow else dtype, copy=copy)
+
+
+def _own(x: Any) -> jax.Array:
+    return _wide(x, copy=True)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxckpt.averaging.average import average
+from jaxckpt.averaging.ema import moved, shadow
 from jaxckpt.averaging.sources import check_sources
 from jaxckpt.core.errors import InvalidArgumentError
 
@@ -21,10 +22,15 @@ DEFAULT_SIGMAS = (0.05, 0.10)  # the two that the paper tracks
 
 
 class PowerEmaState(NamedTuple):
-    """``averages``: one tree per profile, float32 where the weights are floating; the weights of update ``count``."""
+    """``averages``: one tree per profile, float32 where the weights are floating; after ``count`` updates.
+
+    ``gammas``: float32 [P], the exponents of the profiles (``sigma_of`` gives their widths). States saved before it was
+    there are restored by ``restore(path, init(params, sigmas), partial=True)``, with the widths that they were of.
+    """
 
     count: jax.Array
     averages: tuple[PyTree, ...]
+    gammas: jax.Array
 
 
 class Snapshot(NamedTuple):
@@ -57,12 +63,11 @@ def sigma_of(gamma: float) -> float:
 
 def init(params: PyTree, sigmas: Sequence[float] = DEFAULT_SIGMAS) -> PowerEmaState:
     """The state before the first update, for these profiles; save it now and then while training."""
-    for sigma in sigmas:
-        gamma_of(sigma)
-    return PowerEmaState(jnp.zeros((), jnp.int32), tuple(jax.tree.map(_wide, params) for _ in sigmas))
+    gammas = jnp.asarray([gamma_of(sigma) for sigma in sigmas], jnp.float32)
+    return PowerEmaState(jnp.zeros((), jnp.int32), tuple(shadow(params) for _ in sigmas), gammas)
 
 
-def update(state: PowerEmaState, params: PyTree, sigmas: Sequence[float] = DEFAULT_SIGMAS) -> PowerEmaState:
+def update(state: PowerEmaState, params: PyTree) -> PowerEmaState:
     """After update t: ``average <- b * average + (1 - b) * params`` with ``b = (1 - 1/t)^(gamma + 1)`` (section 3).
 
     Example:
@@ -73,19 +78,9 @@ def update(state: PowerEmaState, params: PyTree, sigmas: Sequence[float] = DEFAU
         True
     """
     t = (state.count + 1).astype(jnp.float32)
-    averages = []
-    for sigma, average_tree in zip(sigmas, state.averages, strict=True):
-        rate = 1 - (1 - 1 / t) ** (gamma_of(sigma) + 1)
-        averages.append(
-            jax.tree.map(
-                lambda a, x, rate=rate: (
-                    a + rate.astype(a.dtype) * (_wide(x) - a) if jnp.issubdtype(a.dtype, jnp.inexact) else x
-                ),
-                average_tree,
-                params,
-            )
-        )
-    return PowerEmaState(state.count + 1, tuple(averages))
+    rates = -jnp.expm1((state.gammas + 1) * jnp.log1p(-1 / t))  # 1 - b; near one, b itself has too few digits
+    averages = tuple(moved(one, params, rates[i]) for i, one in enumerate(state.averages))
+    return PowerEmaState(state.count + 1, averages, state.gammas)
 
 
 def solve(snapshots: Sequence[tuple[float, int]], sigma_rel: float, step: int) -> np.ndarray:
@@ -162,9 +157,3 @@ def _inner(gamma_a: Any, t_a: Any, gamma_b: Any, t_b: Any) -> np.ndarray:
     least = np.minimum(t_a, t_b)
     ratio = (least / t_a) ** gamma_a * (least / t_b) ** gamma_b * (least / (t_a * t_b))
     return (gamma_a + 1) * (gamma_b + 1) / (gamma_a + gamma_b + 1) * ratio
-
-
-def _wide(x: Any) -> jax.Array:
-    x = jnp.asarray(x)
-    is_narrow = jnp.issubdtype(x.dtype, jnp.floating) and jnp.finfo(x.dtype).bits < 32
-    return x.astype(jnp.float32) if is_narrow else x

@@ -5,6 +5,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxckpt.averaging.ema import cast, moved, shadow
+
 PyTree = Any
 
 
@@ -16,8 +18,8 @@ class SwaState(NamedTuple):
 
 
 def init(params: PyTree) -> SwaState:
-    """The state before the first update, with the structure of ``params``."""
-    return SwaState(jnp.zeros((), jnp.int32), jax.tree.map(_wide, params))
+    """The state before the first update, with the structure of ``params`` and none of its memory."""
+    return SwaState(jnp.zeros((), jnp.int32), shadow(params))
 
 
 def update(state: SwaState, params: PyTree) -> SwaState:
@@ -35,20 +37,9 @@ def update(state: SwaState, params: PyTree) -> SwaState:
         [3.0, 3.0]
     """
     rate = 1 / (state.count.astype(jnp.float32) + 1)
-    mean = jax.tree.map(
-        lambda m, x: m + rate.astype(m.dtype) * (_wide(x) - m) if jnp.issubdtype(m.dtype, jnp.inexact) else x,
-        state.mean,
-        params,
-    )
-    return SwaState(state.count + 1, mean)
+    return SwaState(state.count + 1, moved(state.mean, params, rate))
 
 
 def value(state: SwaState, like: PyTree = None) -> PyTree:
     """The mean, in the dtypes of ``like`` (float32 without)."""
-    return state.mean if like is None else jax.tree.map(lambda m, x: m.astype(x.dtype), state.mean, like)
-
-
-def _wide(x: Any) -> jax.Array:
-    x = jnp.asarray(x)
-    is_narrow = jnp.issubdtype(x.dtype, jnp.floating) and jnp.finfo(x.dtype).bits < 32
-    return x.astype(jnp.float32) if is_narrow else x
+    return state.mean if like is None else cast(state.mean, like)

@@ -44,9 +44,7 @@ def common(structures: Sequence[Node]) -> Node:
         return first if all((other.kind == "leaf") == (first.kind == "leaf") for other in structures) else NONE
     texts = [{str(key): child for key, child in zip(one.keys, one.children, strict=True)} for one in structures]
     shared = {
-        key: common([text[str(key)] for text in texts])
-        for key in first.keys
-        if all(str(key) in text for text in texts)
+        key: common([text[str(key)] for text in texts]) for key in first.keys if all(str(key) in text for text in texts)
     }
     # What has lost all its leaves is left out; None and empty containers are structure.
     left = {key: child for key, child in shared.items() if _has_leaf(child) or not _has_leaf(texts[0][str(key)])}

@@ -1,5 +1,6 @@
 """Metrics to search by: jittable and differentiable; smaller is better. Samples are [n, ...], flattened to [n, d]."""
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -10,7 +11,7 @@ from jaxckpt.core.errors import InvalidArgumentError
 
 PyTree = Any
 Features = Callable[[Any], jax.Array]  # samples [n, ...] -> [n, d]
-_RIDGE, _LEAST = 1e-6, 1e-12  # relative to the trace; without them gradients at zero eigenvalues are not finite
+_LEAST = 1e-12
 
 
 class Moments(NamedTuple):
@@ -61,15 +62,15 @@ def held_out_loss(loss_fn: Callable[[PyTree, Any], Any], data: PyTree, size: int
 
 
 def moments(reference: Any, features: Features | None = None) -> Moments:
-    """Those of reference samples [n, ...], n above 1; one eigendecomposition.
+    """Those of reference samples [n, ...], n above 1; one singular value decomposition.
 
     Raises:
         InvalidArgumentError: there are fewer than two.
     """
-    mean, covariance = _moments(_features(reference, features, "reference"), "reference")
-    values, vectors = jnp.linalg.eigh(covariance)
-    root = (vectors * jnp.sqrt(jnp.maximum(values, 0))[None]) @ vectors.T
-    return Moments(mean, root, jnp.trace(covariance))
+    mean, spread = _moments(_features(reference, features, "reference"), "reference")
+    # Of the samples, not of their covariance, whose small eigenvalues have lost half the digits.
+    root = jnp.matmul(_rotation(spread).T, spread, precision="highest")
+    return Moments(mean, root, (spread**2).sum())
 
 
 def frechet_distance(samples: Any, reference: Any, features: Features | None = None) -> jax.Array:
@@ -77,11 +78,12 @@ def frechet_distance(samples: Any, reference: Any, features: Features | None = N
 
     ``|m1 - m2|^2 + tr(S1 + S2 - 2 (S2^1/2 S1 S2^1/2)^1/2)``: Dowson and Landau 1982; Heusel et al., NeurIPS 2017,
     arXiv 1706.08500, who take Inception features and call it FID. With other features it is not FID: name them. It is
-    biased upward by an amount that depends on n: compare values of equal n only.
+    biased upward by an amount that depends on n: compare values of equal n only. Its gradient is exact; its second
+    derivatives are not.
 
     Args:
         samples: [n, ...], n above 1.
-        reference: [m, ...], m above 1, or ``moments(...)`` of it, which saves its eigendecomposition.
+        reference: [m, ...], m above 1, or ``moments(...)`` of it, which saves a decomposition of it.
         features: ``samples -> [n, d]``; None: the samples, flattened.
 
     Raises:
@@ -93,14 +95,14 @@ def frechet_distance(samples: Any, reference: Any, features: Features | None = N
         9.0
     """
     other = reference if isinstance(reference, Moments) else moments(reference, features)
-    mean, covariance = _moments(_features(samples, features, "samples"), "samples")
+    mean, spread = _moments(_features(samples, features, "samples"), "samples")
     _check_width(mean.size, other.mean.size)
-    inner = jnp.matmul(jnp.matmul(other.root, covariance, precision="highest"), other.root, precision="highest")
-    scale = jnp.maximum(jnp.trace(inner), _LEAST)
-    # Without the ridge a root at zero has an infinite slope.
-    values = jnp.linalg.eigvalsh((inner + inner.T) / 2 + _RIDGE * scale * jnp.eye(len(inner)) / len(inner))
-    cross = jnp.sqrt(jnp.maximum(values, _LEAST)).sum()
-    return ((mean - other.mean) ** 2).sum() + jnp.trace(covariance) + other.trace - 2 * cross
+    # tr((S2^1/2 S1 S2^1/2)^1/2) is the largest <spread, Q root> of all rotations Q, so the distance is the least
+    # |spread - Q root|^2: a sum of squares, in which nothing cancels, and whose gradient is that with Q held constant.
+    rotation = _rotation(jnp.matmul(spread, other.root, precision="highest"))
+    turned = jnp.matmul(rotation, other.root, precision="highest")
+    left = other.root - jnp.matmul(rotation.T, turned, precision="highest")  # what has no counterpart in few samples
+    return ((mean - other.mean) ** 2).sum() + ((spread - turned) ** 2).sum() + (left**2).sum()
 
 
 def energy_distance(samples: Any, reference: Any, features: Features | None = None) -> jax.Array:
@@ -170,10 +172,18 @@ def _check_width(one: int, other: int) -> None:
 
 
 def _moments(x: jax.Array, name: str) -> tuple[jax.Array, jax.Array]:
+    """The mean [d], and the differences from it [n, d], scaled so that ``spread.T @ spread`` is the covariance."""
     if len(x) < 2:
         raise InvalidArgumentError(f"{name} has {len(x)} row; a covariance needs two at least, and many to mean much.")
     mean = x.mean(0)
-    return mean, jnp.matmul((x - mean[None]).T, x - mean[None], precision="highest") / (len(x) - 1)
+    return mean, (x - mean[None]) / math.sqrt(len(x) - 1)
+
+
+def _rotation(a: jax.Array) -> jax.Array:
+    """The nearest rotation ``U V^T`` of ``a = U S V^T`` [n, d], zero where ``a`` is; a constant for gradients."""
+    left, values, right = jnp.linalg.svd(jax.lax.stop_gradient(a), full_matrices=False)
+    kept = values > jnp.finfo(a.dtype).eps * values.max()
+    return jnp.matmul(jnp.where(kept[None], left, 0.0), right, precision="highest")
 
 
 def _squares(a: jax.Array, b: jax.Array) -> jax.Array:

@@ -191,7 +191,7 @@ def test_a_post_hoc_ema_is_near_the_one_that_was_tracked(sigma: float) -> None:
     path = np.cumsum(rng.standard_normal((steps, 8)), axis=0).astype(np.float32)
     sigmas = (0.05, 0.10, sigma)
     state = posthoc.init({"w": jnp.asarray(path[0])}, sigmas)
-    update = jax.jit(lambda s, x: posthoc.update(s, {"w": x}, sigmas))
+    update = jax.jit(lambda s, x: posthoc.update(s, {"w": x}))
     snapshots = []
     for t, x in enumerate(path, 1):
         state = update(state, x)
