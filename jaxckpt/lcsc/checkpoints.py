@@ -1,16 +1,26 @@
 """Which checkpoints a search is over: paths, trees, or all steps of a run; and what identifies each."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import google_crc32c
+import jax
+import jax.numpy as jnp
+import numpy as np
 
-from jaxckpt.averaging.lawa import newest
-from jaxckpt.checkpoint.source import OwnSource, Source
+from jaxckpt.averaging.average import step_of
+from jaxckpt.averaging.lawa import newest, recorded_steps
+from jaxckpt.averaging.sources import LiveSource, MappedSource, identity
+from jaxckpt.checkpoint.fingerprint import fingerprint
+from jaxckpt.checkpoint.source import Source
 from jaxckpt.core.errors import InvalidArgumentError
+from jaxckpt.core.text import counted
+from jaxckpt.lcsc.merge import names_of
 from jaxckpt.storage.store import AbstractStore
 from jaxckpt.storage.url import StorageOptions
+
+PyTree = Any
 
 
 def located(checkpoints: Any, options: StorageOptions | None) -> Sequence[Any]:
@@ -28,15 +38,73 @@ def located(checkpoints: Any, options: StorageOptions | None) -> Sequence[Any]:
     return checkpoints
 
 
-def origin(source: Source) -> str:
-    """What identifies the content of a checkpoint, wherever it lies: a digest of its checksums.
+def origin(source: Source, *, reads_trees: bool) -> str:
+    """What identifies a checkpoint, wherever it lies: a digest of its content; of another library's, its place.
 
-    That of another library's is its place; that of a tree in memory says no more than that it is one.
+    That of a tree in memory, which must be computed, is made if ``reads_trees``: all processes of sharded trees call it
+    together.
     """
-    inner = getattr(source, "source", source)
-    if isinstance(inner, OwnSource):
-        return f"crc32c {google_crc32c.value(inner.sidecar.table.crc32c.tobytes()):08x}"
-    return inner.url if getattr(inner, "arrays", None) is None else "tree"
+    inner = source.source if isinstance(source, MappedSource) else source
+    if not isinstance(inner, LiveSource):
+        return identity(source)
+    if not reads_trees:
+        return "tree"
+    leaves = zip(inner.leaves, inner.arrays, strict=True)
+    return digest([(leaf.name, leaf.value if array is None else array) for leaf, array in leaves])
+
+
+def parameters_of(trees: Iterable[PyTree], *, reads_values: bool) -> str:
+    """What identifies the parameters that were loaded: names, and a digest of the form of leaves, or of their content.
+
+    Where parameters are leaves of the checkpoints as they are, which are identified apart, form is enough.
+    """
+    names: list[str] = []
+    found: list[str] = []
+    for tree in trees:
+        names, values = names_of(tree), jax.tree.leaves(tree)
+        told = values if reads_values else [_form(leaf) for leaf in values]
+        found.append(digest(list(zip(names, told, strict=True))))
+    shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    return f"{counted(len(names), 'leaf', 'leaves')} ({shown}), {' '.join(found)}"
+
+
+def digest(leaves: Sequence[tuple[str, Any]]) -> str:
+    """Of leaves by name: of the bits of arrays, and of all others as they are written.
+
+    On the host, where no program must be compiled; of arrays over several processes where they lie.
+    """
+    shared = {str(i): x for i, (_, x) in enumerate(leaves) if isinstance(x, jax.Array) and not x.is_fully_addressable}
+    sums = fingerprint(shared)
+    parts = [(name, sums.get(str(i)) or _content(leaf)) for i, (name, leaf) in enumerate(leaves)]
+    return f"crc32c {google_crc32c.value(repr(parts).encode()):08x}"
+
+
+def _form(leaf: Any) -> Any:
+    return (str(leaf.dtype), leaf.shape) if hasattr(leaf, "dtype") else leaf
+
+
+def _content(leaf: Any) -> Any:
+    if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        leaf = jax.random.key_data(leaf)
+    if not isinstance(leaf, jax.Array | np.ndarray | np.generic):
+        return leaf
+    array = np.asarray(leaf)
+    return array.dtype.name, array.shape, google_crc32c.value(array.tobytes())
+
+
+def steps_of(places: Sequence[Any], sources: Sequence[Source], options: StorageOptions | None) -> list[int | None]:
+    """The training step of each checkpoint: that it was saved with, else the number of its folder; None: unknown."""
+    return [_step(place, source, options) for place, source in zip(places, sources, strict=True)]
+
+
+def _step(place: Any, source: Source, options: StorageOptions | None) -> int | None:
+    step = step_of(source)
+    if step is not None or not isinstance(place, str | os.PathLike | AbstractStore):
+        return step
+    try:
+        return recorded_steps([place], options)[0]
+    except InvalidArgumentError:
+        return None
 
 
 def _short(one: Any) -> str:

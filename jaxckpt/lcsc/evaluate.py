@@ -17,6 +17,12 @@ from jaxckpt.lcsc.space import Space
 PyTree = Any
 Objective = Callable[[PyTree, jax.Array], Any]  # (params, key) -> a scalar, smaller is better
 MEMORY_BYTES = 1 << 30
+# What jax raises where a function that is traced needs the numbers themselves.
+_IN_PYTHON = (
+    jax.errors.ConcretizationTypeError,
+    jax.errors.TracerArrayConversionError,
+    jax.errors.TracerIntegerConversionError,
+)
 BUCKET_BYTES = 64 << 20  # of stacked leaves that are on their way from host memory to devices
 
 
@@ -72,6 +78,11 @@ class Resident:
             [self._dispatched(_scores(program, self.stacked, block, one)) for block, _ in blocks] for one in keys.data
         ]
         return np.mean([_joined(row, blocks) for row in found], axis=0)
+
+    def check(self, objective: Objective, coefficients: Any, keys: Keys) -> None:
+        """Raise what the objective raises when it is traced: the program of a later call, not compiled yet."""
+        block, _ = next(_blocks(coefficients, self.width))
+        _scores.eval_shape(Program(objective, self.form, self.chunk, keys.impl), self.stacked, block, keys.data[0])
 
     def _dispatched(self, scores: jax.Array) -> jax.Array:
         """All are dispatched before the first is waited for, but by several CPU devices one after the other.
@@ -270,7 +281,7 @@ class Program:
     def measure(self, leaves: Sequence[jax.Array], data: jax.Array) -> jax.Array:
         """Scores [P] of leaves [P, ...]."""
         key = jax.random.wrap_key_data(data, impl=self.impl)
-        return jax.vmap(lambda each: _scalar(self.objective(self.form.tree(each), key)))(self.spread(leaves))
+        return jax.vmap(lambda each: _traced(self.objective, self.form.tree(each), key))(self.spread(leaves))
 
     def spread(self, leaves: Sequence[jax.Array]) -> list[jax.Array]:
         """Candidates over their axis of the mesh, weights over the others."""
@@ -302,7 +313,15 @@ def _without(names: Any, axis: str) -> Any:
     return None if names == axis else names
 
 
-def _scalar(value: Any) -> jax.Array:
+def _traced(objective: Objective, params: PyTree, key: jax.Array) -> jax.Array:
+    """The value of an objective inside a program."""
+    try:
+        value = objective(params, key)
+    except _IN_PYTHON as error:
+        raise InvalidArgumentError(
+            "The objective cannot be compiled: it makes Python numbers or numpy arrays of its parameters, as float(x) "
+            'and np.asarray(x) do. Give jit=False, or write it in jax.numpy (strategy="gradient" needs that).'
+        ) from error
     _check(value)
     return jnp.asarray(value, jnp.float32)
 
@@ -316,6 +335,8 @@ def _check(value: Any) -> None:
         raise InvalidArgumentError(
             f"The objective gave an array of shape {list(np.shape(value))}; it gives one number, as the mean of it."
         )
+    if np.iscomplexobj(value):
+        raise InvalidArgumentError("The objective gave a complex number; it gives a real one, as its magnitude: abs.")
 
 
 def _blocks(coefficients: Any, width: int) -> Iterator[tuple[np.ndarray, int]]:
@@ -342,7 +363,7 @@ def _measured(program: Program, leaves: Sequence[jax.Array], data: Any) -> jax.A
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _one(objective: Objective, form: Form, leaves: Sequence[Any], key: jax.Array) -> jax.Array:
-    return _scalar(objective(form.tree(leaves), key))
+    return _traced(objective, form.tree(leaves), key)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))

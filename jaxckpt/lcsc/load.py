@@ -17,7 +17,7 @@ from jaxckpt.averaging.onmesh import stacked_sharding
 from jaxckpt.checkpoint.source import Source
 from jaxckpt.core.errors import InvalidArgumentError
 from jaxckpt.lcsc.evaluate import Assembled, Evaluator, Hosted, Resident, Streamed, chunk_of, on_device
-from jaxckpt.lcsc.merge import Lora, is_stacked, make_form, summed
+from jaxckpt.lcsc.merge import Lora, is_stacked, make_form, names_of, summed
 from jaxckpt.lcsc.space import Space
 
 PyTree = Any
@@ -28,6 +28,7 @@ _SHARE = 0.5  # of free memory that the stack may take
 
 def make_evaluator(
     sources: Sequence[Source],
+    last: PyTree,
     space: Space,
     *,
     how: dict[str, Any],
@@ -39,13 +40,14 @@ def make_evaluator(
     mesh: Mesh | None,
     axis: str,
 ) -> Evaluator:
-    """What evaluates populations, by the place that the checkpoints have."""
+    """What evaluates populations, by the place that the checkpoints have; ``last`` is the last one, loaded."""
     if placement not in ("auto", "device", "host", "stream"):
         raise InvalidArgumentError(f'placement is {placement!r}; it is "auto", "device", "host" or "stream".')
+    if mesh is not None and not isinstance(mesh, Mesh):
+        raise InvalidArgumentError(f"mesh is {mesh!r}; give a jax.sharding.Mesh, as jax.make_mesh makes it.")
     if mesh is not None and axis not in mesh.axis_names:
         raise InvalidArgumentError(f"axis is {axis!r}; the mesh has {mesh.axis_names}.")
-    read = partial(_read, sources, how)
-    last = read(len(sources) - 1)  # what is not combined is the last one's
+    read = partial(loaded, sources, how)
     form = make_form(last, space, lora)
     spreads = mesh is not None
     mesh = mesh if mesh is not None else _mesh_of(last)
@@ -143,8 +145,21 @@ def _put(stacked: list[jax.Array], leaves: list[jax.Array], k: Any) -> list[jax.
     return [jax.lax.dynamic_update_index_in_dim(stack, leaf, k, 0) for stack, leaf in found]
 
 
-def _read(sources: Sequence[Source], how: dict[str, Any], k: int) -> PyTree:
+def loaded(sources: Sequence[Source], how: dict[str, Any], k: int) -> PyTree:
+    """The parameters of one checkpoint."""
     return average_opened(sources[k : k + 1], [1.0], **how)
+
+
+def not_finite(sources: Sequence[Source], how: dict[str, Any]) -> list[str]:
+    """Names of the checkpoints that hold NaN or infinity, with the first leaf of each that does."""
+    found: list[str] = []
+    for k, source in enumerate(sources):
+        tree = loaded(sources, how, k)
+        named = zip(names_of(tree), jax.tree.leaves(tree), strict=True)
+        wrong = next((name for name, leaf in named if summed(leaf) and not bool(jnp.isfinite(leaf).all())), None)
+        if wrong is not None:
+            found.append(f'{source.url} (checkpoint {k}, leaf "{wrong}")')
+    return found
 
 
 def _streamed(sources: Sequence[Source], space: Space, how: dict[str, Any]) -> Callable[[np.ndarray], list[PyTree]]:

@@ -64,7 +64,7 @@ class Form:
     Attributes:
         structure: of the tree, as jax has it.
         names: of the leaves that are arrays.
-        groups: the group of coefficients of each.
+        groups: the group of coefficients of each; 0 of those that are not combined.
         fixed: (place, value) of the leaves that are none: text, and Python's integers.
         pairs: LoRA products.
         mesh: over which weights are sharded or candidates spread; its axes are of type Auto.
@@ -93,7 +93,7 @@ def make_form(tree: PyTree, space: Space, lora: Lora | None) -> Form:
     """The form of a tree (of arrays, or of their shapes).
 
     Raises:
-        MismatchError: a leaf is in no group; a left factor has no right one, or their shapes do not fit.
+        MismatchError: a combined leaf is in no group; a left factor has no right one, or their shapes do not fit.
     """
     leaves, structure = jax.tree.flatten(tree)
     names = names_of(tree)
@@ -102,7 +102,10 @@ def make_form(tree: PyTree, space: Space, lora: Lora | None) -> Form:
     arrays = [name for name, one in zip(names, is_array, strict=True) if one]
     if not any(summed(leaf) for leaf in leaves):
         raise MismatchError(f"The checkpoints have no floating leaf to combine; their leaves are {names[:5]}.")
-    form = Form(structure=structure, names=tuple(arrays), groups=space.group_of(arrays), fixed=fixed)
+    combined = [name for name, leaf in zip(names, leaves, strict=True) if summed(leaf)]
+    group = dict(zip(combined, space.group_of(combined), strict=True))
+    groups = tuple(group.get(name, 0) for name in arrays)
+    form = Form(structure=structure, names=tuple(arrays), groups=groups, fixed=fixed)
     if lora is None or lora.space == "factors":
         return form
     shapes = [np.shape(leaf) for leaf, one in zip(leaves, is_array, strict=True) if one]

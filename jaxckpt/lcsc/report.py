@@ -28,6 +28,7 @@ class Report:
         path: float64 [generations, G, K]: the search mean (or the best candidate) after each generation.
         groups: globs of leaf names, G of them.
         evaluations: of single models by the search, profiles included; the final scores are not.
+        final_evaluations: of single models for the final scores: rows times draws, for each metric.
         seconds: of this process; ``objective_seconds`` of them were spent in evaluation.
         settings: strategy, its options, space, noise, seed, and what the caller recorded: metric, sampler, NFE.
         concerns: what was warned of.
@@ -42,6 +43,7 @@ class Report:
     path: np.ndarray
     groups: tuple[str, ...]
     evaluations: int
+    final_evaluations: int
     seconds: float
     objective_seconds: float
     settings: dict[str, Any]
@@ -74,8 +76,9 @@ class Report:
             numbers = [f"{'' if values[i] is None else f'{values[i]:.4g}':>10}" for values in told.values()]
             lines.append(" ".join([f"{one.name:12}", *numbers]) + ("  <- chosen" if one.name == self.chosen else ""))
         lines.append(
-            f"{counted(self.evaluations, 'evaluation')} in {self.seconds:.1f} s ({self.objective_seconds:.1f} s of "
-            f"them in the objective's programs), checkpoints on: {self.placement}"
+            f"{counted(self.evaluations, 'evaluation')} and {self.final_evaluations} for the final scores in "
+            f"{self.seconds:.1f} s ({self.objective_seconds:.1f} s of them in the objective's programs), checkpoints "
+            f"on: {self.placement}"
         )
         settings = {name: value for name, value in self.settings.items() if value is not None and name not in _LONG}
         lines.append("; ".join(f"{name}: {_short(value)}" for name, value in settings.items()))
@@ -86,6 +89,7 @@ class Report:
         return {
             "chosen": self.chosen,
             "evaluations": self.evaluations,
+            "final_evaluations": self.final_evaluations,
             "seconds": self.seconds,
             "objective_seconds": self.objective_seconds,
             "placement": self.placement,
@@ -202,7 +206,7 @@ class Result:
         )
 
 
-_LONG = ("sources",)  # settings that are no use in a table
+_LONG = ("sources", "parameters")  # settings that are no use in a table
 
 
 def _plain(value: Any) -> float | None:

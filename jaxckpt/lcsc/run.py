@@ -1,6 +1,7 @@
 """The loop of a search: what one generation does to its state."""
 
 import math
+import operator
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -8,10 +9,11 @@ from functools import lru_cache, partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxckpt.core.errors import InvalidArgumentError
-from jaxckpt.lcsc.evaluate import Keys, Objective
+from jaxckpt.lcsc.evaluate import Keys, Objective, Resident
 from jaxckpt.lcsc.evosax_link import quick_options
 from jaxckpt.lcsc.progress import Advance, Watch
 from jaxckpt.lcsc.selection import Penalty
@@ -53,6 +55,7 @@ class Run:
     alone: np.ndarray  # checkpoints by themselves [m, G, K], of which soups are made
     budget: int
     clock: Clock
+    not_finite: Callable[[], list[str]]  # checkpoints that hold NaN or infinity; reads them all
 
     @property
     def strategy(self) -> Strategy:
@@ -94,6 +97,11 @@ class Run:
         """
         tried = np.concatenate([self.first, self.alone])
         scores = self._tried(tried)
+        if not np.isfinite(scores).any() and (wrong := self.not_finite()):
+            raise InvalidArgumentError(
+                f"The objective is not finite for any average, and these checkpoints hold NaN or infinity: "
+                f"{'; '.join(wrong[:5])}. Leave them out of checkpoints."
+            )
         if not np.isfinite(scores).any():
             raise InvalidArgumentError(
                 f"The objective is not finite for any of the {len(scores)} averages it was tried on first: "
@@ -201,6 +209,22 @@ class Run:
         self.clock.seconds += time.perf_counter() - started
         return found
 
+    def check(self, name: str, metric: Objective | None) -> None:
+        """Raise, before the search, what a metric that is used after it raises: it is traced, or else called once."""
+        if metric is None:
+            return
+        keys, point = self.final_keys(1)[0], self.first[:1]
+        started = time.perf_counter()
+        try:
+            if isinstance(self.evaluate, Resident):
+                self.evaluate.check(metric, point, keys)
+            else:
+                self.evaluate(metric, point, keys)
+        except Exception as error:
+            error.add_note(f"This is {name} of the search, tried on one average before the search begins.")
+            raise
+        self.clock.seconds += time.perf_counter() - started
+
     def use(self, purpose: int, count: int = 1, number: int = 0) -> Keys:
         """Keys for this purpose: ``count`` of them, numbered from ``number``."""
         data = [np.asarray(_key_data(self.key, purpose, number + i)) for i in range(count)]
@@ -221,6 +245,28 @@ class Run:
             population, inner = _ask(self.strategy, later, self.key, 0, state)
             state = _tell(self.strategy, later, self.key, 0, inner, np.asarray(population), none[:, 0], None)
             self.mean(jax.device_get(state))
+
+
+def root_key(key: Any) -> tuple[jax.Array, int | None]:
+    """The typed key of a search, and the seed it was made from, where a seed was given."""
+    try:
+        if isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+            found, seed = key, None
+        elif isinstance(key, jax.Array | np.ndarray) and key.ndim:
+            found, seed = jax.random.wrap_key_data(jnp.asarray(key)), None
+        else:
+            seed = operator.index(key)
+            found = jax.random.key(seed)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise InvalidArgumentError(_no_key(key)) from error
+    if found.ndim or isinstance(key, bool):
+        raise InvalidArgumentError(_no_key(key))
+    return found, seed
+
+
+def _no_key(key: Any) -> str:
+    told = f"{key.dtype}{list(key.shape)}" if isinstance(key, jax.Array | np.ndarray) else repr(key)
+    return f"key is {told}; give one key, such as jax.random.key(0), or an integer seed of at most 64 bits."
 
 
 def warm_keys(key: jax.Array) -> None:

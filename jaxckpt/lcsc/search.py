@@ -3,33 +3,33 @@
 Liu et al., "Linear Combination of Saved Checkpoints Makes Consistency and Diffusion Models Better", arXiv 2404.02241.
 """
 
-import json
 import math
 import operator
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from jaxckpt.averaging.average import average_opened, check_opened, step_of
+from jaxckpt.averaging.average import average_opened, check_opened
 from jaxckpt.averaging.reading import made_together
 from jaxckpt.averaging.sources import EvalParams, open_sources
 from jaxckpt.checkpoint.match import Only
-from jaxckpt.core.errors import InvalidArgumentError
-from jaxckpt.lcsc.checkpoints import located, origin
+from jaxckpt.checkpoint.source import Source
+from jaxckpt.core.errors import InvalidArgumentError, MismatchError
+from jaxckpt.lcsc.checkpoints import located, origin, parameters_of, steps_of
 from jaxckpt.lcsc.evaluate import MEMORY_BYTES, Objective, Resident
-from jaxckpt.lcsc.load import Placement, make_evaluator, with_products
+from jaxckpt.lcsc.load import Placement, loaded, make_evaluator, not_finite, with_products
 from jaxckpt.lcsc.merge import Lora
 from jaxckpt.lcsc.progress import Advance, Line, Watch, watcher
 from jaxckpt.lcsc.report import Report, Result
-from jaxckpt.lcsc.run import GRADIENT_COST, Clock, Run, warm_keys
+from jaxckpt.lcsc.run import GRADIENT_COST, Clock, Run, root_key, warm_keys
 from jaxckpt.lcsc.selection import concerns, select
 from jaxckpt.lcsc.space import Kind, Space, profiles
-from jaxckpt.lcsc.state import Saver, State, read
+from jaxckpt.lcsc.state import Saver, State, as_json, read
 from jaxckpt.lcsc.strategies import canonical, make_strategy
 from jaxckpt.storage.url import Location, StorageOptions
 
@@ -90,14 +90,16 @@ def search(
         space: ``"sum_to_one"`` (signed), ``"simplex"`` or ``"free"``.
         groups: globs of leaf names, each with coefficients of its own; a string is one glob.
         scale: what a step of one changes in a coefficient; None: ``0.03 * 40 / K``.
-        bounds: lowest and highest coefficient.
+        bounds: lowest and highest coefficient; ``(0, math.inf)`` is bounded on one side.
         l1_penalty: what a sum of magnitudes of one above one costs, in units of the objective; None: a tenth of the
             best score before the search, so that it fits more than its metric; where that score is not above zero, a
             tenth of how far the median of the scores before the search is above it. Give it for an objective that is
             positive by a constant added to it: the tenth is of that too. A likelihood can go without: 0.
         negative_penalty: what a negative mass of one costs; 0 or more.
         budget: evaluations of single models, those before the search included: profiles, at most 64 checkpoints
-            alone, and at most four soups; a gradient counts as three.
+            alone, and at most four soups; a gradient counts as three. The final scores come on top: ``draws`` for each
+            of ``finalists`` and of at most five others, and as many of ``guard`` and of ``held_out``
+            (``report.final_evaluations``).
         population: candidates in a generation.
         key: one PRNG key, as ``jax.random.key(0)`` (typed, or of the older uint32 kind), or a seed.
         noise: ``"fresh"`` in each generation, or ``"fixed"``: one draw for the whole search.
@@ -119,8 +121,8 @@ def search(
             objective its axes are of type Auto.
         axis: see mesh.
         state: a folder or URL in which every generation is saved, in the background; a search that finds its own state
-            there goes on, and with a larger budget for longer. A kill costs the generation that runs, and the one
-            before it while that is still being saved.
+            there goes on, and with a larger budget for longer; that of other settings, checkpoints or parameters is
+            refused. A kill costs the generation that runs, and the one before it while that is still being saved.
         progress: called after each generation with an ``Advance``, when the generation before is saved; True shows a
             line, False none, None one where standard error is a terminal.
         record: JSON values for the report: metric, sampler, number of function evaluations.
@@ -136,6 +138,7 @@ def search(
         MismatchError: the checkpoints differ, a leaf is in no group, or ``state`` is of another search.
 
     Example:
+        >>> import jax.numpy as jnp
         >>> trees = [{"w": jnp.array([0.0])}, {"w": jnp.array([1.0])}]
         >>> found = search(trees, lambda p, key: (p["w"][0] - 1.5) ** 2, strategy="evolution", budget=327)
         >>> bool(abs(found.params["w"][0] - 1.5) < 0.05), round(float(found.coefficients.sum()), 6)
@@ -149,13 +152,37 @@ def search(
     for name, penalty in (("l1_penalty", l1_penalty), ("negative_penalty", negative_penalty)):
         if penalty is not None and not 0 <= penalty < math.inf:
             raise InvalidArgumentError(f"{name} is {penalty}; give a finite number, 0 for none or more.")
-    if options is not None and not isinstance(options, Mapping):
-        raise InvalidArgumentError(f'options is {options!r}; give a dict, such as {{"std_init": 0.5}}.')
+    if lora is not None and not isinstance(lora, Lora):
+        raise InvalidArgumentError(f'lora is {lora!r}; give lcsc.Lora(), such as lcsc.Lora(space="product").')
+    _check_functions({"objective": objective, "validation": validation, "guard": guard, "held_out": held_out})
     groups = (groups,) if isinstance(groups, str) else tuple(groups)
     places = located(checkpoints, storage)
     shape = Space(kind=space, count=len(places), groups=groups, scale=scale, bounds=bounds)
-    root, seed = _root(key)
+    root, seed = root_key(key)
     strategy = canonical(strategy)
+    settings = as_json(
+        {
+            "strategy": strategy,
+            "options": {} if options is None else options,
+            "space": space,
+            "groups": list(groups),
+            "scale": shape.step,
+            "bounds": None if shape.bounds is None else [_finite(one) for one in shape.bounds],
+            "lora": None if lora is None else [lora.space, list(lora.pairs), lora.rank],
+            "l1_penalty": l1_penalty,
+            "negative_penalty": negative_penalty,
+            "checkpoints": shape.count,
+            "budget": budget,
+            "population": population,
+            "seed": seed,
+            "key": np.asarray(jax.random.key_data(root)).tolist(),
+            "generator": str(jax.random.key_impl(root)),
+            "noise": noise,
+            "decays": list(decays),
+            "finalists": finalists,
+            "record": {} if record is None else record,
+        }
+    )
     uses_gradient = strategy == "gradient"
     first = _limited(profiles(shape.count, decays), shape)
     # Not in the simplex: from a corner, where logarithms are steep, a search does not get away.
@@ -165,10 +192,18 @@ def search(
     with ThreadPoolExecutor(1, thread_name_prefix="jaxckpt-search") as pool:
         pool.submit(warm_keys, root)
         sources = made_together(like, lambda: open_sources(places, eval_params, storage))
-        check_opened(sources, like=like, only=only)  # whether they fit together
         how = {"like": like, "only": only}
+        _check_opened(sources, how)
+        steps = steps_of(places, sources, storage)
+        last = loaded(sources, how, shape.count - 1)  # what is not combined is the last one's
+        settings["sources"] = [origin(source, reads_trees=state is not None) for source in sources]
+        if state is not None:
+            others = () if eval_params is None or callable(eval_params) else range(shape.count - 1)
+            trees = chain((loaded(sources, how, k) for k in others), [last])
+            settings["parameters"] = parameters_of(trees, reads_values=eval_params is not None)
         evaluate = make_evaluator(
             sources,
+            last,
             shape,
             how=how,
             lora=lora,
@@ -179,6 +214,7 @@ def search(
             mesh=mesh,
             axis=axis,
         )
+        del last
         # evosax is loaded, and the strategy's programs are compiled, while the first models are evaluated: not while
         # checkpoints are read, where each file would wait for the interpreter.
         making = pool.submit(make_strategy, strategy, population=population, size=shape.size, options=options or {})
@@ -205,34 +241,17 @@ def search(
             alone=alone,
             budget=budget,
             clock=Clock(),
+            not_finite=lambda: not_finite(sources, how),
         )
         if run.generations < 1:
             raise InvalidArgumentError(
                 f"budget is {budget}: {run.begun} profiles (decays), checkpoints alone and soups, and one generation "
                 f"of {cost} do not fit."
             )
-        settings = {
-            "strategy": strategy,
-            "options": {name: _plain(value) for name, value in (options or {}).items()},
-            "space": space,
-            "groups": list(groups),
-            "scale": shape.step,
-            "bounds": None if bounds is None else list(bounds),
-            "lora": None if lora is None else [lora.space, list(lora.pairs), lora.rank],
-            "l1_penalty": l1_penalty,
-            "negative_penalty": negative_penalty,
-            "checkpoints": shape.count,
-            "budget": budget,
-            "population": population,
-            "seed": seed,
-            "key": np.asarray(jax.random.key_data(root)).tolist(),
-            "noise": noise,
-            "decays": list(decays),
-            "finalists": finalists,
-            "sources": [origin(source) for source in sources],
-            "record": dict(record or {}),
-        }
-        now = _searched(run, watcher(progress), began, state, _as_json(settings), storage, pool)
+        watch = watcher(progress)
+        for name, metric in (("validation", validation), ("guard", guard), ("held_out", held_out)):
+            run.check(name, metric)
+        now = _searched(run, watch, began, state, settings, storage, pool)
 
     def measure(what: Objective | None) -> Any:
         return None if what is None else lambda points, keys: run.measured(what, points, keys)
@@ -262,16 +281,17 @@ def search(
         path=now.path,
         groups=groups,
         evaluations=len(now.profiles) + run.generations * run.cost,
+        final_evaluations=len(rows) * draws * (1 + (guard is not None) + (held_out is not None)),
         seconds=time.perf_counter() - began,
         objective_seconds=run.clock.seconds,
         settings=settings | {"l1_penalty": penalty.l1},
         concerns=tuple(warned),
         profiles={float(decay): float(score) for decay, score in zip(decays, now.profiles, strict=False)},
-        steps=tuple(step_of(source) for source in sources),
+        steps=tuple(steps),
         placement=evaluate.placement,
     )
     coefficients = chosen.coefficients if len(groups) > 1 else chosen.coefficients[0]
-    found = tuple((source.url, step_of(source)) for source in sources)
+    found = tuple((source.url, step) for source, step in zip(sources, steps, strict=True))
     return Result(coefficients=coefficients, params=params, report=report, sources=found)
 
 
@@ -334,35 +354,26 @@ def _whole(name: str, value: Any, least: int) -> int:
     return number
 
 
-def _root(key: Any) -> tuple[jax.Array, int | None]:
-    """The typed key of a search, and the seed it was made from, where a seed was given."""
+def _check_functions(metrics: Mapping[str, Any]) -> None:
+    for name, metric in metrics.items():
+        if not callable(metric) and (name == "objective" or metric is not None):
+            raise InvalidArgumentError(f"{name} is {metric!r}; give a function (params, key) -> number.")
+
+
+def _check_opened(sources: Sequence[Source], how: Mapping[str, Any]) -> None:
+    """Raise unless they fit together, with advice that a search can follow."""
     try:
-        if isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-            found, seed = key, None
-        elif isinstance(key, jax.Array | np.ndarray) and key.ndim:
-            found, seed = jax.random.wrap_key_data(jnp.asarray(key)), None
-        else:
-            seed = operator.index(key)
-            found = jax.random.key(seed)
-    except (TypeError, ValueError, OverflowError) as error:
-        raise InvalidArgumentError(_no_key(key)) from error
-    if found.ndim or isinstance(key, bool):
-        raise InvalidArgumentError(_no_key(key))
-    return found, seed
+        check_opened(sources, **how)
+    except MismatchError as error:
+        problems, _, advice = str(error).partition("Nothing was averaged.")
+        if not advice:
+            raise
+        raise MismatchError(
+            f"{problems}Nothing was searched. Give only=... for leaves that are alike in all, or leave out checkpoints "
+            "that differ."
+        ) from None
 
 
-def _no_key(key: Any) -> str:
-    told = f"{key.dtype}{list(key.shape)}" if isinstance(key, jax.Array | np.ndarray) else repr(key)
-    return f"key is {told}; give one key, such as jax.random.key(0), or an integer seed of at most 64 bits."
-
-
-def _as_json(settings: dict[str, Any]) -> dict[str, Any]:
-    """As they come back from storage."""
-    try:
-        return json.loads(json.dumps(settings))
-    except TypeError as error:
-        raise InvalidArgumentError(f"record and options are JSON values: {error}.") from error
-
-
-def _plain(value: Any) -> Any:
-    return value.tolist() if hasattr(value, "tolist") else list(value) if isinstance(value, tuple) else value
+def _finite(value: float) -> float | None:
+    """As JSON has it."""
+    return value if math.isfinite(value) else None

@@ -1,5 +1,6 @@
 """Spaces of coefficients: how a search vector of scale one becomes weights of the checkpoints, and back."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -29,7 +30,7 @@ class Space:
         count: checkpoints, K.
         groups: globs of leaf names, each with coefficients of its own; the first that matches a leaf counts.
         scale: what a step of one means; None: ``0.03 * 40 / K`` (1 in the simplex, whose steps are factors of e).
-        bounds: lowest and highest coefficient; None: none.
+        bounds: lowest and highest coefficient; None: none; one of them may be infinite.
     """
 
     kind: Kind = "sum_to_one"
@@ -45,10 +46,14 @@ class Space:
             raise InvalidArgumentError(
                 f"There are {self.count} checkpoints and {len(self.groups)} groups; a search needs 2 and 1 at least."
             )
-        if self.scale is not None and not self.scale > 0:
-            raise InvalidArgumentError(f"scale is {self.scale}; it is above 0.")
+        if self.scale is not None:
+            scale = _number(self.scale)
+            if not 0 < scale < math.inf:
+                raise InvalidArgumentError(f"scale is {self.scale!r}; give a finite number above 0.")
+            object.__setattr__(self, "scale", scale)
         if self.bounds is not None:
-            low, high = self.bounds
+            low, high = _pair(self.bounds)
+            object.__setattr__(self, "bounds", (low, high))
             if not low < high or (self.kind != "free" and not low * self.count <= 1 <= high * self.count):
                 raise InvalidArgumentError(
                     f"bounds are {self.bounds}; no {self.count} coefficients between them "
@@ -99,13 +104,14 @@ class Space:
         return (y / self.step).reshape(*wanted.shape[:-2], self.size).astype(np.float32)
 
     def group_of(self, names: Sequence[str]) -> tuple[int, ...]:
-        """The group of each leaf."""
+        """The group of each leaf that is combined."""
         found = [next((i for i, glob in enumerate(self.groups) if _matches(name, glob)), -1) for name in names]
         if lost := [name for name, group in zip(names, found, strict=True) if group < 0]:
             raise MismatchError(f'No group of {list(self.groups)} matches {lost[:5]}; end the groups with "*".')
         if unused := [glob for i, glob in enumerate(self.groups) if i not in found]:
             raise MismatchError(
-                f"Groups {unused} match no leaf, or none that an earlier group left: {list(names)[:8]}."
+                f"Groups {unused} match no floating leaf, or none that an earlier group left: {list(names)[:8]}. Leave "
+                "them out."
             )
         return tuple(found)
 
@@ -113,6 +119,21 @@ class Space:
 def profiles(count: int, decays: Sequence[float]) -> np.ndarray:
     """float64 [len(decays), K]: the coefficients that EMAs of these decay rates give, oldest checkpoint first."""
     return np.stack([ema_weights(count, decay) for decay in decays])
+
+
+def _number(value: Any) -> float:
+    """As a float; NaN of what is no number."""
+    try:
+        return math.nan if isinstance(value, str) else float(value)
+    except (TypeError, ValueError):
+        return math.nan
+
+
+def _pair(bounds: Any) -> tuple[float, float]:
+    found = [_number(one) for one in bounds] if isinstance(bounds, Sequence | np.ndarray) else []
+    if len(found) != 2 or any(math.isnan(one) for one in found):
+        raise InvalidArgumentError(f"bounds is {bounds!r}; give the lowest and the highest coefficient: (-0.5, 1.0).")
+    return found[0], found[1]
 
 
 def _matches(name: str, glob: str) -> bool:
@@ -125,6 +146,12 @@ def _bounded(a: Any, bounds: tuple[float, float], is_free: bool, xp: Any) -> Any
     low, high = bounds
     if is_free:
         return xp.clip(a, low, high)
+    if math.isinf(low) and math.isinf(high):
+        return a
+    # Bisection needs two ends: where the others are at one bound, the last is at most so far away.
+    rest = a.shape[-1] - 1
+    low = 1 - rest * high if math.isinf(low) else low
+    high = 1 - rest * low if math.isinf(high) else high
     below = a.min(-1, keepdims=True) - high
     above = a.max(-1, keepdims=True) - low
     for _ in range(60):

@@ -3,7 +3,8 @@
 A kill costs the generation that runs, and the one before it while that is still being saved: never two that had ended.
 """
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ import numpy as np
 from jaxckpt.checkpoint.inspect import inspect
 from jaxckpt.checkpoint.restore import on_host, restore
 from jaxckpt.checkpoint.save import save_async
-from jaxckpt.core.errors import MismatchError, NotFoundError
+from jaxckpt.core.errors import InvalidArgumentError, MismatchError, NotFoundError
 from jaxckpt.core.text import counted
 from jaxckpt.storage.url import StorageOptions
 
@@ -42,6 +43,7 @@ class State:
     path: np.ndarray
 
 
+_APART = ("budget", "seed")  # settings that may differ: the key that a seed makes is compared
 _SAVED = ("centre", "best", "best_fitness", "profiles", "fitness", "path")
 
 
@@ -91,7 +93,12 @@ def read(
         except NotFoundError:  # NotCommittedError too: the save was killed
             continue
         saved = info.metadata.get("search", {})
-        names = [name for name in {**saved, **settings} if name != "budget"]
+        if "parameters" not in saved:
+            raise MismatchError(
+                f"{place} is the state of a search by an earlier version of jaxckpt, which did not record what it was "
+                "over: whether this is the same search cannot be told. Give another path, or remove it."
+            )
+        names = [name for name in {**saved, **settings} if name not in _APART]
         if wrong := [_difference(name, saved.get(name), settings.get(name)) for name in names]:
             wrong = [one for one in wrong if one]
         if wrong:
@@ -120,6 +127,33 @@ def read(
         generation=int(tree["generation"]),
         strategy=structure.unflatten(tree["strategy"][: len(leaves)]),
     )
+
+
+def as_json(settings: dict[str, Any]) -> dict[str, Any]:
+    """As they come back from storage.
+
+    Raises:
+        InvalidArgumentError: ``record`` or ``options`` is no dict, or one of the settings is not JSON.
+    """
+    for name in ("options", "record"):
+        if not isinstance(settings[name], Mapping):
+            raise InvalidArgumentError(f"{name} is {settings[name]!r}; give a dict of JSON values.")
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        try:
+            found[name] = json.loads(json.dumps(value, allow_nan=False, default=_listed))
+        except (TypeError, ValueError) as error:
+            raise InvalidArgumentError(
+                f"{name} is {value!r}; give JSON values, and finite numbers: {error}."
+            ) from error
+    return found
+
+
+def _listed(value: Any) -> Any:
+    """An array as lists of numbers."""
+    if not hasattr(value, "tolist"):
+        raise TypeError(f"a {type(value).__name__} is no JSON value")
+    return value.tolist()
 
 
 def _difference(name: str, saved: Any, given: Any) -> str:

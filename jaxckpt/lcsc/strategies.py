@@ -1,8 +1,10 @@
 """Search strategies by name, with one interface: the paper's evolution, gradients, and those of evosax."""
 
 import importlib.util
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from numbers import Real
 from typing import Any, Protocol
 
 import jax
@@ -227,6 +229,15 @@ class Gradient:
     uses_gradient: bool = field(default=True, init=False)
     is_first_apart: bool = field(default=False, init=False)
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "decay", tuple(self.decay) if isinstance(self.decay, Sequence) else self.decay)
+        is_pair = isinstance(self.decay, tuple) and len(self.decay) == 2
+        positive = [self.learning_rate, *([] if self.radius is None else [self.radius])]
+        if not is_pair or not all(_is_in(one, 0, math.inf) and one > 0 for one in positive):
+            raise InvalidArgumentError(f"{self}: learning_rate and radius are finite and above 0, decay is a pair.")
+        if not all(_is_in(one, 0, 1) for one in self.decay):
+            raise InvalidArgumentError(f"{self}: decay is two numbers from 0 to below 1.")
+
     def start(self, key: jax.Array, first: jax.Array) -> PyTree:
         """At the centre."""
         del key
@@ -258,6 +269,11 @@ class Gradient:
     def mean(self, state: PyTree) -> jax.Array:
         """The iterate."""
         return state["y"]
+
+
+def _is_in(value: Any, least: float, above: float) -> bool:
+    """Whether it is a number, ``least`` or more and below ``above``."""
+    return isinstance(value, Real) and least <= float(value) < above
 
 
 def _record(kind: Any, options: Mapping[str, Any]) -> Any:

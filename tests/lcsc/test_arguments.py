@@ -11,6 +11,7 @@ import pytest
 
 from jaxckpt.core.errors import InvalidArgumentError, MismatchError
 from jaxckpt.lcsc.search import search
+from jaxckpt.lcsc.space import Space
 from jaxckpt.lcsc.strategies import ALIASES, _bare, canonical, names
 
 if TYPE_CHECKING:
@@ -161,3 +162,119 @@ def test_a_string_is_one_group(tmp_path: Path) -> None:
     assert one.report.groups == listed.report.groups == ("*",)
     with pytest.raises(MismatchError, match=r"No group of \['a'\] matches \['b'\]"):
         search(TREES, loss, groups="a")
+
+
+def test_one_bound_may_be_infinite(tmp_path: Path) -> None:
+    for space in ("sum_to_one", "simplex", "free"):
+        how: dict[str, Any] = {"strategy": "evolution", "budget": 31, "state": str(tmp_path / space)}
+        found = search(TREES, loss, bounds=(0, np.inf), space=space, **how)
+        assert found.coefficients.min() >= 0
+        found.save(tmp_path / f"{space}-merged")
+        again = search(TREES, loss, bounds=(0, np.inf), space=space, **how)  # the same search
+        assert again.coefficients.tobytes() == found.coefficients.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("bounds", "as_finite"), [((0, np.inf), (0, 1)), ((-np.inf, 0.5), (-1, 0.5)), ((-np.inf, np.inf), None)]
+)
+def test_an_infinite_bound_is_as_one_that_is_never_met(bounds: Any, as_finite: Any) -> None:
+    count = 4
+    y = np.random.default_rng(0).normal(size=(50, count)) * 3
+    centre = np.full((1, count), 1 / count)
+    one, other = (Space(count=count, bounds=b).coefficients(y, centre) for b in (bounds, as_finite))
+    np.testing.assert_allclose(one, other, atol=1e-12)
+    np.testing.assert_allclose(one.sum(-1), 1, atol=1e-12)
+
+
+WRONG = [
+    ({"bounds": 0.5}, "bounds is 0.5; give the lowest and the highest"),
+    ({"bounds": (1,)}, r"bounds is \(1,\); give the lowest"),
+    ({"bounds": ("a", "b")}, r"bounds is \('a', 'b'\)"),
+    ({"bounds": (float("nan"), 1)}, r"bounds is \(nan, 1\)"),
+    ({"bounds": (0, 0.1)}, r"bounds are \(0.0, 0.1\); no 6 coefficients between them sum to one"),
+    ({"scale": "a"}, "scale is 'a'; give a finite number above 0"),
+    ({"scale": float("inf")}, "scale is inf; give a finite number"),
+    ({"scale": float("nan")}, "scale is nan; give a finite number"),
+    ({"lora": "product"}, r"lora is 'product'; give lcsc.Lora\(\)"),
+    ({"mesh": "x"}, "mesh is 'x'; give a jax.sharding.Mesh"),
+    ({"record": {"v": float("nan")}}, "record is {'v': nan}; give JSON values, and finite numbers"),
+    ({"record": {"v": print}}, "record is .*; give JSON values"),
+    ({"record": [1]}, r"record is \[1\]; give a dict"),
+    ({"objective": None}, r"objective is None; give a function \(params, key\) -> number"),
+    ({"guard": "energy"}, "guard is 'energy'; give a function"),
+    ({"held_out": 3}, "held_out is 3; give a function"),
+    ({"validation": "x"}, "validation is 'x'; give a function"),
+    *(
+        ({"strategy": "gradient", "options": options}, said)
+        for options, said in (
+            ({"learning_rate": -1}, "learning_rate=-1.*learning_rate and radius are finite and above 0"),
+            ({"learning_rate": float("nan")}, "options is {'learning_rate': nan}; give JSON values, and finite"),
+            ({"radius": 0}, "radius=0.*finite and above 0"),
+            ({"decay": 0.9}, "decay=0.9.*decay is a pair"),
+            ({"decay": (0.9, 1)}, "two numbers from 0 to below 1"),
+        )
+    ),
+]
+
+
+@pytest.mark.parametrize(("how", "said"), WRONG)
+def test_what_is_wrong_is_named_before_anything_is_evaluated(how: dict[str, Any], said: str) -> None:
+    def never(params: Any, key: Any) -> Any:
+        raise AssertionError("evaluated")
+
+    with pytest.raises(InvalidArgumentError, match=said):
+        search(TREES, **{"objective": never, **how})
+
+
+@pytest.mark.parametrize("name", ["validation", "guard", "held_out"])
+@pytest.mark.parametrize("how", [{}, {"jit": False}, {"placement": "host"}, {"placement": "stream"}])
+def test_a_metric_that_fails_is_told_before_the_search(name: str, how: dict[str, Any]) -> None:
+    def never(params: Any, key: Any) -> Any:
+        raise AssertionError("evaluated")
+
+    def fails(params: Any, key: Any) -> Any:
+        return params["nope"]
+
+    with pytest.raises(KeyError, match="nope") as caught:
+        search(TREES, never, **{name: fails}, **how)
+    assert caught.value.__notes__[-1].startswith(f"This is {name} of the search, tried on one average before")
+
+
+def test_a_metric_is_traced_once_for_the_check_and_the_scores() -> None:
+    traced: list[int] = []
+
+    def guard(params: Any, key: jax.Array) -> Any:
+        traced.append(1)
+        return loss(params, key)
+
+    search(TREES, loss, strategy="random", budget=31, guard=guard)
+    assert len(traced) == 1
+
+
+@pytest.mark.parametrize("how", [{}, {"placement": "host"}, {"placement": "stream"}, {"strategy": "gradient"}])
+@pytest.mark.parametrize(
+    "objective",
+    [
+        lambda p, key: float(p["b"][0]),
+        lambda p, key: np.mean(np.asarray(p["b"])),
+        lambda p, key: 1.0 if p["b"][0] > 0 else 0.0,
+        lambda p, key: range(4)[p["b"][0].astype(jnp.int32)],
+    ],
+)
+def test_an_objective_in_python_is_told_of_jit(objective: Any, how: dict[str, Any]) -> None:
+    with pytest.raises(InvalidArgumentError, match="cannot be compiled.*Give jit=False") as caught:
+        search(TREES, objective, **{"strategy": "random", **how})
+    assert isinstance(caught.value.__cause__, TypeError)
+
+
+@pytest.mark.parametrize("is_jitted", [True, False])
+def test_a_complex_score_is_an_error(is_jitted: bool) -> None:
+    with pytest.raises(InvalidArgumentError, match="gave a complex number; it gives a real one"):
+        search(TREES, lambda p, key: jax.lax.complex(p["b"].sum(), 1.0), jit=is_jitted, strategy="random")
+
+
+def test_checkpoints_that_differ_are_told_what_a_search_can_do() -> None:
+    others = [TREES[0] | {"c": jnp.ones(1)}, *TREES[1:]]
+    with pytest.raises(MismatchError, match=r'"c".*(?s:.*)Nothing was searched. Give only=') as caught:
+        search(others, loss)
+    assert "missing=" not in str(caught.value)

@@ -25,6 +25,10 @@ def loss(p: Any, key: jax.Array) -> jax.Array:
     return ((p["w"] - 1.7) ** 2).sum() * (1 + 0.1 * jax.random.normal(key, ()))
 
 
+def sum_of_squares(state: Any, key: jax.Array) -> Any:
+    return sum((leaf**2).sum() for leaf in jax.tree.leaves(state))
+
+
 @pytest.mark.parametrize("strategy", lcsc.names())
 def test_a_search_with_a_larger_budget_goes_on_as_if_it_had_had_it(tmp_path: Path, strategy: str) -> None:
     state = str(tmp_path / "state")
@@ -61,6 +65,61 @@ def test_other_checkpoints_are_another_search(tmp_path: Path) -> None:
         lcsc.search([paths[1], *paths[1:]], loss, **how)
     with pytest.raises(MismatchError, match="record was {} and is {'nfe': 2}"):
         lcsc.search(paths, loss, record={"nfe": 2}, **how)
+
+
+@pytest.mark.parametrize("ways", [({"only": "params"}, {"only": "ema"}), ({}, {"only": "ema"})])
+def test_other_leaves_are_another_search(tmp_path: Path, ways: tuple[dict[str, Any], ...]) -> None:
+    trees = [{"params": tree, "ema": {"w": -tree["w"]}} for tree in TREES]
+    how: dict[str, Any] = {"strategy": "evolution", "budget": 12 + 16, "state": str(tmp_path / "state")}
+    lcsc.search(trees, sum_of_squares, **how, **ways[0])
+    with pytest.raises(MismatchError, match=r"parameters was '. lea.* and is '1 leaf \(ema.w\), crc32c"):
+        lcsc.search(trees, sum_of_squares, **how, **ways[1])
+
+
+def test_other_eval_params_are_another_search(tmp_path: Path) -> None:
+    """Of all checkpoints, or of one that is not the last."""
+
+    def doubled(state: Any) -> Any:
+        return {"w": 2 * state["w"]}
+
+    how: dict[str, Any] = {"strategy": "evolution", "budget": 12 + 16}
+    for first, second in ((None, doubled), ([None, doubled, None, None], [None] * 4)):
+        state = str(tmp_path / type(first).__name__)
+        one = lcsc.search(TREES, sum_of_squares, eval_params=first, state=state, **how)
+        again = lcsc.search(TREES, sum_of_squares, eval_params=first, state=state, **how)
+        assert again.coefficients.tobytes() == one.coefficients.tobytes()
+        with pytest.raises(MismatchError, match="parameters was .* and is "):
+            lcsc.search(TREES, sum_of_squares, eval_params=second, state=state, **how)
+
+
+@pytest.mark.parametrize("array", [jnp.asarray, np.asarray])
+def test_other_trees_are_another_search(tmp_path: Path, array: Any) -> None:
+    trees = [{"w": array(tree["w"]), "name": "a"} for tree in TREES]
+    how: dict[str, Any] = {"strategy": "evolution", "budget": 12 + 16, "state": str(tmp_path / "state")}
+    lcsc.search(trees, loss, **how)
+    lcsc.search([dict(tree) for tree in trees], loss, **how)  # the same content
+    others = ({"w": array([9.0, 8.0], trees[0]["w"].dtype), "name": "a"}, trees[0] | {"name": "b"})
+    for other in others:
+        with pytest.raises(MismatchError, match=r"sources\[1\] was 'crc32c"):
+            lcsc.search([trees[0], other, *trees[2:]], loss, only="w", **how)
+
+
+def test_a_seed_and_its_key_are_one_search_and_other_generators_are_not(tmp_path: Path) -> None:
+    how: dict[str, Any] = {"strategy": "evolution", "budget": 12 + 16, "state": str(tmp_path / "state")}
+    one = lcsc.search(TREES, loss, key=3, **how)
+    for key in (jax.random.key(3), jax.random.PRNGKey(3)):
+        again = lcsc.search(TREES, loss, key=key, progress=lambda _: pytest.fail("a generation was run"), **how)
+        assert again.coefficients.tobytes() == one.coefficients.tobytes()
+    how["state"] = str(tmp_path / "rbg")
+    lcsc.search(TREES, loss, key=jax.random.key(3, impl="rbg"), **how)
+    with pytest.raises(MismatchError, match="generator was 'rbg' and is 'unsafe_rbg'"):
+        lcsc.search(TREES, loss, key=jax.random.key(3, impl="unsafe_rbg"), **how)
+
+
+def test_a_state_that_does_not_tell_its_parameters_is_refused(tmp_path: Path) -> None:
+    jc.save(tmp_path / "state" / "0", {"generation": 0}, metadata={"search": {"strategy": "evolution"}})
+    with pytest.raises(MismatchError, match="state/0 is the state of a search by an earlier version .* another path"):
+        lcsc.search(TREES, loss, strategy="evolution", budget=12 + 16, state=str(tmp_path / "state"))
 
 
 @pytest.mark.parametrize("strategy", ["evolution", "gradient"])

@@ -221,6 +221,58 @@ def test_an_objective_that_is_never_finite_is_an_error() -> None:
         search(TREES, lambda p, key: jnp.float32(jnp.nan) * p["b"].sum(), budget=39)
 
 
+def test_a_checkpoint_that_is_not_finite_is_named() -> None:
+    broken = [*TREES[:2], {"a": TREES[2]["a"], "b": TREES[2]["b"].at[1].set(jnp.nan)}, *TREES[3:]]
+    with pytest.raises(InvalidArgumentError, match=r'NaN or infinity: tree 2 of sources \(checkpoint 2, leaf "b"\)'):
+        search(broken, loss, budget=39)
+
+
+def test_only_leaves_that_are_combined_are_in_groups() -> None:
+    counted = [tree | {"count": jnp.int32(i), "name": "x"} for i, tree in enumerate(TREES)]
+    how: dict[str, Any] = {"strategy": "evolution", "budget": 71}
+
+    def plain(params: Any, key: jax.Array) -> Any:
+        return loss({"a": params["a"], "b": params["b"]}, key)
+
+    found = search(counted, plain, groups=("a", "b"), **how)
+    bare = search(TREES, loss, groups=("a", "b"), **how)
+    assert found.coefficients.tobytes() == bare.coefficients.tobytes()
+    assert int(found.params["count"]) == K - 1
+    with pytest.raises(MismatchError, match=r"Groups \['\*'\] match no floating leaf.*Leave them out"):
+        search(counted, plain, groups=("a", "b", "*"), **how)
+
+
+def test_final_scores_come_on_top_of_the_budget() -> None:
+    calls: dict[str, int] = {"objective": 0, "held_out": 0}
+
+    def counting(name: str) -> Any:
+        def measure(params: Any, key: jax.Array) -> float:
+            calls[name] += 1
+            return float(loss(params, key))
+
+        return measure
+
+    metrics: dict[str, Any] = {name: counting(name) for name in calls}
+    report = search(TREES, **metrics, jit=False, strategy="evolution", budget=15 + 16, draws=2).report
+    assert report.final_evaluations == 2 * 2 * len(report.rows)
+    assert calls["objective"] == report.evaluations + report.final_evaluations // 2
+    assert calls["held_out"] == report.final_evaluations // 2 + 1  # tried on one before the search
+    assert report.to_json()["final_evaluations"] == report.final_evaluations
+    assert f"31 evaluations and {report.final_evaluations} for the final scores" in str(report)
+
+
+def test_steps_are_those_saved_or_the_numbers_of_folders(tmp_path: Path) -> None:
+    for i, tree in enumerate(TREES):
+        save(tmp_path / "run" / str(100 * i), tree, step=7 if i == 0 else None)
+    how: dict[str, Any] = {"strategy": "random", "budget": 31}
+    found = search(tmp_path / "run", loss, **how)
+    assert found.report.steps == (7, 100, 200, 300, 400, 500)
+    assert [step for _, step in found.sources] == [7, 100, 200, 300, 400, 500]
+    save(tmp_path / "last", TREES[-1])
+    mixed = [tmp_path / "run" / "100", TREES[1], tmp_path / "last"]
+    assert search(mixed, loss, like=TREES[0], **how).report.steps == (100, None, None)
+
+
 def test_plot_is_a_png(tmp_path: Path) -> None:
     search(TREES, loss, budget=39).report.plot(tmp_path / "search.png", steps=range(K))
     assert (tmp_path / "search.png").read_bytes().startswith(b"\x89PNG")
@@ -269,7 +321,7 @@ def test_state_of_another_search_is_refused(tmp_path: Path) -> None:
     for wrong, said in (
         ({"strategy": "random"}, "strategy was 'cma_es' and is 'random'"),
         ({"population": 8}, "population was 16 and is 8"),
-        ({"key": 1}, "seed was 0 and is 1"),
+        ({"key": 1}, r"key\[1\] was 0 and is 1"),
         ({"budget": 43}, "has 2 generations, and the budget of 43 has room for 1"),
     ):
         with pytest.raises(MismatchError, match=said):
