@@ -173,7 +173,8 @@ def coordinator_hangs() -> dict:
     session = Session(coordinator, session_name("run/step_1"))
     session.enter("writing")
     if coordinator.rank == 0:
-        coordinator.put("test/pid", str(os.getpid()).encode())
+        # It may be stopped before the answer is here, and waits for that longer than it is stopped.
+        current_coordinator().put("test/pid", str(os.getpid()).encode())
         return {"message": coordinator.get("test/woken", timeout_s=30).decode()}
     pid = int(coordinator.get("test/pid", timeout_s=30))
     os.kill(pid, signal.SIGSTOP)
