@@ -45,7 +45,8 @@ def mesh_sums(
                 for i, value in zip(using, values, strict=True):
                     parts = split_weights(bucket[i].weights[:, places[i], None])
                     add = _start if totals[i] is None else _add
-                    program = add(bucket[i].want.sharding, how)
+                    used = not bucket[i].weights.all()  # each of P results has sources of its own
+                    program = add(bucket[i].want.sharding, how, used=used)
                     totals[i] = program(value, parts) if totals[i] is None else program(value, parts, totals[i])
                 del values
             results += [_finish(one.want.sharding, one.dtype)(total) for one, total in zip(bucket, totals, strict=True)]
@@ -70,14 +71,16 @@ def _buckets(sums: Sequence[Sum]) -> Iterator[list[Sum]]:
 
 
 @lru_cache(maxsize=256)
-def _start(sharding: Sharding, how: str) -> Any:
-    return jax.jit(lambda value, parts: _terms(value, parts, None, how), out_shardings=stacked_sharding(sharding))
+def _start(sharding: Sharding, how: str, *, used: bool = False) -> Any:
+    return jax.jit(
+        lambda value, parts: _terms(value, parts, None, how, used=used), out_shardings=stacked_sharding(sharding)
+    )
 
 
 @lru_cache(maxsize=256)
-def _add(sharding: Sharding, how: str) -> Any:
+def _add(sharding: Sharding, how: str, *, used: bool = False) -> Any:
     return jax.jit(
-        lambda value, parts, total: _terms(value, parts, total, how),
+        lambda value, parts, total: _terms(value, parts, total, how, used=used),
         out_shardings=stacked_sharding(sharding),
         donate_argnums=2,
     )
@@ -103,11 +106,10 @@ def stacked_sharding(sharding: Sharding) -> Sharding | None:
     return sharding if isinstance(sharding, SingleDeviceSharding) else None
 
 
-def _terms(value: jax.Array, parts: Any, total: Any, how: str) -> list[Any]:
+def _terms(value: jax.Array, parts: Any, total: Any, how: str, *, used: bool) -> list[Any]:
     """P sums [P, ...] of the value, or of its real and of its imaginary part."""
     is_complex = jnp.issubdtype(value.dtype, jnp.complexfloating)
     halves = [jnp.real(value), jnp.imag(value)] if is_complex else [value]
     before = [None] * len(halves) if total is None else total
-    used = parts.shape[1] > 1  # each of P results has sources of its own
     parts = along(parts, value.ndim)
     return [add_terms(old, [half[None]], parts, how=how, used=used) for half, old in zip(halves, before, strict=True)]

@@ -41,12 +41,11 @@ def packed(sums: np.ndarray, dtype: np.dtype) -> np.ndarray:
     return sums.astype(dtype)
 
 
-def _sums(rows: jax.Array, parts: Any, sums: Any, *, size: int, how: str, words: bool, out: Any) -> Any:
+def _sums(rows: jax.Array, parts: Any, sums: Any, *, size: int, how: str, words: bool, used: bool, out: Any) -> Any:
     """``sums`` [B, P, size / B] and the weighted rows [K, size and the gap]; rounded to ``out`` unless that is None.
 
-    ``words``: of bfloat16, two elements to a word of the rows, summed in float64.
+    ``words``: of bfloat16, two elements to a word of the rows, summed in float64. ``used``: as of ``add_terms``.
     """
-    used = parts.shape[1] > 1  # each of P results has sources of its own
     terms, parts = _blocks(rows, parts, size)
     if not words:
         total = add_terms(sums, terms, parts, how=how, used=used)
@@ -59,7 +58,7 @@ def _sums(rows: jax.Array, parts: Any, sums: Any, *, size: int, how: str, words:
     return jnp.stack([finish(half, out) for half in pair], axis=-1).reshape(*pair[0].shape[:2], -1)
 
 
-_STATIC = ("size", "how", "words", "out")
+_STATIC = ("size", "how", "words", "used", "out")
 added_sums = jax.jit(_sums, static_argnames=_STATIC, donate_argnums=2)
 rounded_sums = jax.jit(_sums, static_argnames=_STATIC)  # to another dtype, so there is nothing to donate
 

@@ -249,7 +249,8 @@ class _Stream:
         size = data.shape[1] * bucket.elements // rows.shape[1]
         program = rounded_sums if is_last else added_sums
         out = staged_out(one.dtype, doubled=doubled) if is_last else None
-        return program(staged, self.parts[key], sums, size=size, how=self.how, words=words, out=out)
+        used = not one.weights.all()  # each of P results has sources of its own
+        return program(staged, self.parts[key], sums, size=size, how=self.how, words=words, used=used, out=out)
 
     def _staged(self, slot: Slot, data: np.ndarray) -> jax.Array:
         """The rows for XLA, which adopts the memory of a slot: the array of one step serves the next, too."""
