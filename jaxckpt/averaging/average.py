@@ -247,8 +247,8 @@ def average_opened(
     return trees if weights.many else trees[0]
 
 
-def check_opened(sources: Sequence[Source], *, like: PyTree = None, only: Only = None) -> None:
-    """Raise the MismatchError of ``average_opened`` where sources do not fit together, or not into ``like``."""
+def check_opened(sources: Sequence[Source], *, like: PyTree, only: Only, advice: str) -> None:
+    """Raise the MismatchError of ``average_opened``, with this advice, where sources or ``like`` do not fit."""
     made_together(
         like,
         lambda: make_plan(
@@ -260,6 +260,7 @@ def check_opened(sources: Sequence[Source], *, like: PyTree = None, only: Only =
             missing="error",
             policy=None,
             dtype=None,
+            advice=advice,
         ),
     )
 

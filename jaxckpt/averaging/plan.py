@@ -22,6 +22,10 @@ Missing = Literal["error", "keep", "skip"]
 Policy = str | Mapping[str, str] | Callable[[str, Any], str | None] | None
 POLICIES = ("average", "first", "last", "equal_or_error")
 SHOWN = 10
+ADVICE = (
+    'Nothing was averaged. missing="keep" takes leaves that some sources lack from those that have them, '
+    'missing="skip" leaves them out, only=... averages chosen leaves.'
+)
 
 
 class Sum(NamedTuple):
@@ -107,6 +111,7 @@ def make_plan(
     missing: Missing,
     policy: Policy,
     dtype: Any,
+    advice: str = ADVICE,
 ) -> Plan:
     """Match the leaves of all sources, and of ``like``.
 
@@ -163,7 +168,7 @@ def make_plan(
         results.setdefault(key, made)
         keys[leaf.path] = key
     if problems:
-        raise MismatchError(_report(problems))
+        raise MismatchError(_report(problems, advice))
     order = {key: i for i, key in enumerate(results)}
     example = like if is_tree else getattr(sources[0], "example", None)
     has_all = is_tree or (example is not None and {leaf.path for leaf in flatten(example)[0]} == keys.keys())
@@ -330,15 +335,12 @@ def _unexpected(sources: Sequence[Source], places: Sequence[Places], wanted: Seq
     return found
 
 
-def _report(problems: list[str]) -> str:
+def _report(problems: list[str], advice: str) -> str:
     lines = [f"The sources do not fit together; {counted(len(problems), 'leaf differs', 'leaves differ')}:"]
     lines += [f"  {line}" for line in problems[:SHOWN]]
     if len(problems) > SHOWN:
         lines.append(f"  ... and {len(problems) - SHOWN} more")
-    lines.append(
-        'Nothing was averaged. missing="keep" takes leaves that some sources lack from those that have them, '
-        'missing="skip" leaves them out, only=... averages chosen leaves.'
-    )
+    lines.append(advice)
     return "\n".join(lines)
 
 

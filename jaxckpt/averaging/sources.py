@@ -79,17 +79,31 @@ def identity(source: Source) -> str:
         plain = [repr(entry.value) for entry in inner.leaves if not entry.stored]
         parts = [inner.sidecar.table.crc32c.tobytes(), repr(plain).encode()]
     elif isinstance(inner, LiveSource):
-        parts = [repr([(e.name, e.kind, e.dtype, e.shape, e.value) for e in inner.leaves]).encode()]
-        parts += [_digest(array) for array in inner.arrays]
+        leaves = zip(inner.leaves, inner.arrays, strict=True)
+        return digest([(leaf.name, leaf.value if array is None else array) for leaf, array in leaves])
     else:
         return inner.url
     return f"crc32c {google_crc32c.value(b''.join(parts)):08x}"
 
 
-def _digest(array: Any) -> bytes:
-    if isinstance(array, jax.Array):
-        return repr(fingerprint([array])["0"].sums).encode()
-    return google_crc32c.value(np.ascontiguousarray(array).tobytes()).to_bytes(4, "little")
+def digest(leaves: Sequence[tuple[str, Any]]) -> str:
+    """Of leaves by name: of the bits of arrays, and of all others as they are written.
+
+    On the host, where no program must be compiled; of arrays over several processes where they lie.
+    """
+    shared = {str(i): x for i, (_, x) in enumerate(leaves) if isinstance(x, jax.Array) and not x.is_fully_addressable}
+    sums = fingerprint(shared)
+    parts = [(name, sums.get(str(i)) or _content(leaf)) for i, (name, leaf) in enumerate(leaves)]
+    return f"crc32c {google_crc32c.value(repr(parts).encode()):08x}"
+
+
+def _content(leaf: Any) -> Any:
+    if isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        leaf = jax.random.key_data(leaf)
+    if not isinstance(leaf, jax.Array | np.ndarray | np.generic):
+        return leaf
+    array = np.asarray(leaf)
+    return array.dtype.name, array.shape, google_crc32c.value(array.tobytes())
 
 
 def chunk_of(source: Source, leaf: int) -> tuple[int, ...] | None:

@@ -4,15 +4,11 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import google_crc32c
 import jax
-import jax.numpy as jnp
-import numpy as np
 
 from jaxckpt.averaging.average import step_of
 from jaxckpt.averaging.lawa import newest, recorded_steps
-from jaxckpt.averaging.sources import LiveSource, MappedSource, identity
-from jaxckpt.checkpoint.fingerprint import fingerprint
+from jaxckpt.averaging.sources import LiveSource, MappedSource, digest, identity
 from jaxckpt.checkpoint.source import Source
 from jaxckpt.core.errors import InvalidArgumentError
 from jaxckpt.core.text import counted
@@ -45,12 +41,7 @@ def origin(source: Source, *, reads_trees: bool) -> str:
     together.
     """
     inner = source.source if isinstance(source, MappedSource) else source
-    if not isinstance(inner, LiveSource):
-        return identity(source)
-    if not reads_trees:
-        return "tree"
-    leaves = zip(inner.leaves, inner.arrays, strict=True)
-    return digest([(leaf.name, leaf.value if array is None else array) for leaf, array in leaves])
+    return "tree" if isinstance(inner, LiveSource) and not reads_trees else identity(source)
 
 
 def parameters_of(trees: Iterable[PyTree], *, reads_values: bool) -> str:
@@ -68,28 +59,8 @@ def parameters_of(trees: Iterable[PyTree], *, reads_values: bool) -> str:
     return f"{counted(len(names), 'leaf', 'leaves')} ({shown}), {' '.join(found)}"
 
 
-def digest(leaves: Sequence[tuple[str, Any]]) -> str:
-    """Of leaves by name: of the bits of arrays, and of all others as they are written.
-
-    On the host, where no program must be compiled; of arrays over several processes where they lie.
-    """
-    shared = {str(i): x for i, (_, x) in enumerate(leaves) if isinstance(x, jax.Array) and not x.is_fully_addressable}
-    sums = fingerprint(shared)
-    parts = [(name, sums.get(str(i)) or _content(leaf)) for i, (name, leaf) in enumerate(leaves)]
-    return f"crc32c {google_crc32c.value(repr(parts).encode()):08x}"
-
-
 def _form(leaf: Any) -> Any:
     return (str(leaf.dtype), leaf.shape) if hasattr(leaf, "dtype") else leaf
-
-
-def _content(leaf: Any) -> Any:
-    if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        leaf = jax.random.key_data(leaf)
-    if not isinstance(leaf, jax.Array | np.ndarray | np.generic):
-        return leaf
-    array = np.asarray(leaf)
-    return array.dtype.name, array.shape, google_crc32c.value(array.tobytes())
 
 
 def steps_of(places: Sequence[Any], sources: Sequence[Source], options: StorageOptions | None) -> list[int | None]:

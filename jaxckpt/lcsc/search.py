@@ -18,8 +18,7 @@ from jaxckpt.averaging.average import average_opened, check_opened
 from jaxckpt.averaging.reading import made_together
 from jaxckpt.averaging.sources import EvalParams, open_sources
 from jaxckpt.checkpoint.match import Only
-from jaxckpt.checkpoint.source import Source
-from jaxckpt.core.errors import InvalidArgumentError, MismatchError
+from jaxckpt.core.errors import InvalidArgumentError
 from jaxckpt.lcsc.checkpoints import located, origin, parameters_of, steps_of
 from jaxckpt.lcsc.evaluate import MEMORY_BYTES, Objective, Resident
 from jaxckpt.lcsc.load import Placement, loaded, make_evaluator, not_finite, with_products
@@ -35,6 +34,7 @@ from jaxckpt.storage.url import Location, StorageOptions
 
 PyTree = Any
 SINGLES = 64  # at most so many checkpoints are tried alone, evenly spaced over the run
+_ADVICE = "Nothing was searched. Give only=... for leaves that are alike in all, or leave out checkpoints that differ."
 DECAYS = (0.0, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98)  # of the EMA profiles over stored checkpoints
 
 
@@ -193,7 +193,7 @@ def search(
         pool.submit(warm_keys, root)
         sources = made_together(like, lambda: open_sources(places, eval_params, storage))
         how = {"like": like, "only": only}
-        _check_opened(sources, how)
+        check_opened(sources, **how, advice=_ADVICE)
         steps = steps_of(places, sources, storage)
         last = loaded(sources, how, shape.count - 1)  # what is not combined is the last one's
         settings["sources"] = [origin(source, reads_trees=state is not None) for source in sources]
@@ -358,20 +358,6 @@ def _check_functions(metrics: Mapping[str, Any]) -> None:
     for name, metric in metrics.items():
         if not callable(metric) and (name == "objective" or metric is not None):
             raise InvalidArgumentError(f"{name} is {metric!r}; give a function (params, key) -> number.")
-
-
-def _check_opened(sources: Sequence[Source], how: Mapping[str, Any]) -> None:
-    """Raise unless they fit together, with advice that a search can follow."""
-    try:
-        check_opened(sources, **how)
-    except MismatchError as error:
-        problems, _, advice = str(error).partition("Nothing was averaged.")
-        if not advice:
-            raise
-        raise MismatchError(
-            f"{problems}Nothing was searched. Give only=... for leaves that are alike in all, or leave out checkpoints "
-            "that differ."
-        ) from None
 
 
 def _finite(value: float) -> float | None:

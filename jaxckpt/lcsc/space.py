@@ -3,7 +3,6 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 import jax
@@ -11,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxckpt.averaging.ema import ema_weights
+from jaxckpt.averaging.globs import matches
 from jaxckpt.core.errors import InvalidArgumentError, MismatchError
 
 Kind = Literal["sum_to_one", "simplex", "free"]
@@ -105,7 +105,7 @@ class Space:
 
     def group_of(self, names: Sequence[str]) -> tuple[int, ...]:
         """The group of each leaf that is combined."""
-        found = [next((i for i, glob in enumerate(self.groups) if _matches(name, glob)), -1) for name in names]
+        found = [next((i for i, glob in enumerate(self.groups) if matches(name, glob)), -1) for name in names]
         if lost := [name for name, group in zip(names, found, strict=True) if group < 0]:
             raise MismatchError(f'No group of {list(self.groups)} matches {lost[:5]}; end the groups with "*".')
         if unused := [glob for i, glob in enumerate(self.groups) if i not in found]:
@@ -134,11 +134,6 @@ def _pair(bounds: Any) -> tuple[float, float]:
     if len(found) != 2 or any(math.isnan(one) for one in found):
         raise InvalidArgumentError(f"bounds is {bounds!r}; give the lowest and the highest coefficient: (-0.5, 1.0).")
     return found[0], found[1]
-
-
-def _matches(name: str, glob: str) -> bool:
-    """As ``average`` matches its weights: a name, a subtree or a glob."""
-    return name == glob or name.startswith(glob + ".") or fnmatchcase(name, glob)
 
 
 def _bounded(a: Any, bounds: tuple[float, float], is_free: bool, xp: Any) -> Any:
